@@ -1,0 +1,162 @@
+"""Checkpoints of what a run trains: asynchronous, on any mesh, and proven intact by fingerprints.
+
+A workdir holds `config.json`, `checkpoints/STEP` (the newest), `best/STEP` (the best by periodic evaluation; trained
+variables only), `metrics.jsonl` and what evaluation writes. Frozen weights are in no checkpoint; their fingerprints are.
+"""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from aura_jax import config as config_lib
+from aura_jax import sharding, system
+from aura_jax.errors import UserError
+
+
+@jax.jit
+def _bits_sum(x: jax.Array) -> jax.Array:
+    """Returns a uint32 that depends on every bit of `x` and its place, and on nothing else: not on the mesh."""
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    # Odd weights: a change of one bit always changes the sum modulo 2^32.
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def fingerprint(tree: Any) -> str:
+    """Returns eight hexadecimal digits that identify the leaves of a tree, their bits and their paths.
+
+    The same on every mesh and number of hosts; computed where the arrays are, one leaf at a time.
+    """
+    total = 0
+    for path, leaf in sorted(sharding.flatten(tree).items()):
+        total = (total * 31 + zlib.crc32(path.encode()) * (int(_bits_sum(leaf)) | 1)) % (1 << 32)
+    return f"{total:08x}"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; closing waits for what is being written.
+
+    A checkpoint has three items: `trained` (variables by path), `rest` (all else that the step changes) and `meta`.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict):
+        c = config.train
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=c.keep, keep_period=c.keep_every or None, enable_async_checkpointing=True
+        )
+        self._latest = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._best = _best_manager(workdir)
+
+    def save(self, step: int, trained: Any, rest: Any, meta: Mapping[str, Any]) -> None:
+        """Starts writing a checkpoint; `meta` is JSON. A step that is there already is left as it is."""
+        if step in self._latest.all_steps():
+            return
+        meta = {**meta, "fingerprints": {"trained": fingerprint(trained), "rest": fingerprint(rest)}}
+        self._latest.save(
+            step,
+            args=ocp.args.Composite(
+                trained=ocp.args.StandardSave(trained),
+                rest=ocp.args.StandardSave(rest),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def save_best(self, step: int, trained: Any, meta: Mapping[str, Any]) -> None:
+        """Replaces the best checkpoint by this one."""
+        meta = {**meta, "fingerprints": {"trained": fingerprint(trained)}}
+        args = ocp.args.Composite(trained=ocp.args.StandardSave(trained), meta=ocp.args.JsonSave(meta))
+        self._best.save(step, args=args, force=True)
+
+    def newest(self) -> tuple[int, dict] | None:
+        """Returns the newest step and its meta; None in a fresh workdir."""
+        step = self._latest.latest_step()
+        return None if step is None else (step, _meta(self._latest, step))
+
+    def best(self) -> dict | None:
+        """Returns the meta of the best checkpoint; None if there is none yet."""
+        step = self._best.latest_step()
+        return None if step is None else _meta(self._best, step)
+
+    def restore(self, step: int, trained: Any, rest: Any) -> tuple[Any, Any]:
+        """Returns (trained, rest) of that step, laid out as the shardings of the abstract arguments say.
+
+        Raises:
+          UserError: if what was read is not what was written, or has other shapes.
+        """
+        return _restore(self._latest, step, "trained", trained), _restore(self._latest, step, "rest", rest)
+
+    def close(self) -> None:
+        self._latest.close()
+        self._best.close()
+
+
+def _best_manager(workdir: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((workdir / "best").absolute(), options=options)
+
+
+def _meta(manager: ocp.CheckpointManager, step: int) -> dict:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, item: str, abstract: Any) -> Any:
+    where = f"{manager.directory}/{step}"
+    try:
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        value = manager.restore(step, args=args)[item]
+    except (ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint {where} cannot be restored: {reason}; delete it to use the one before") from error
+    if fingerprint(value) != _meta(manager, step)["fingerprints"][item]:
+        raise UserError(f"checkpoint {where} is corrupt (its fingerprint differs): delete it to use the one before")
+    return value
+
+
+def abstract_like(tree: Any) -> Any:
+    """Returns shapes, dtypes and shardings of a tree of arrays, for `Checkpoints.restore`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def load_for_inference(workdir: Path, which: str = "best", mesh: Mesh | None = None) -> tuple[system.System, dict]:
+    """Returns the system of a workdir and its variables `params` and `lora`, without teacher and heads.
+
+    Args:
+      which: "best" by periodic evaluation (the latest if there was none), or "latest".
+
+    Raises:
+      UserError: for a directory without a run in it, or base weights other than those it was trained on.
+    """
+    config = config_lib.from_json(workdir / "config.json")
+    manager = _best_manager(workdir) if which == "best" and (workdir / "best").is_dir() else None
+    if manager is None or manager.latest_step() is None:
+        manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+    step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{workdir} holds no checkpoint yet: train first, or wait for the first one")
+    meta = _meta(manager, step)
+
+    built = system.build(config)
+    mesh = system_mesh(config) if mesh is None else mesh
+    variables = system.new_variables(built, mesh, config.seed)
+    variables["params"]["llm"] = system.load_llm(built, mesh)
+    if fingerprint(variables["params"]["llm"]) != meta["llm_fingerprint"]:
+        raise UserError(f"{built.llm_dir} is not the LLM that {workdir} was trained on: its weights differ")
+    flat = sharding.flatten(variables)
+    trained = _restore(manager, step, "trained", abstract_like({path: flat[path] for path in meta["trained"]}))
+    manager.close()
+    variables = sharding.unflatten({**flat, **trained, "params/embedder/text_rms": jnp.float32(meta["text_rms"])})
+    return built, {name: variables[name] for name in ("params", "lora")}
+
+
+def system_mesh(config: ConfigDict) -> Mesh:
+    """The mesh that a configuration asks for."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -1,0 +1,298 @@
+"""The configuration: every key with its default, read from a Python file and overridden on the command line.
+
+A file in configs/ starts from `default()` and changes what it needs. A key that does not exist is an error.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from aura_jax.errors import UserError, nearest
+
+OBJECTIVES = ("lm", "distill", "text_anchor", "text_kd")
+
+
+def stage(steps: int, learning_rate: float, objectives: dict[str, float], **changes) -> ConfigDict:
+    """Returns one stage of training; `changes` override its other keys."""
+    out = ConfigDict(
+        dict(
+            steps=steps,
+            learning_rate=learning_rate,  # peak; the schedule warms up linearly and falls along a cosine
+            warmup_steps=20,
+            final_fraction=0.1,  # of the peak, at the end of the stage
+            clip_norm=1.0,
+            objectives=dict.fromkeys(OBJECTIVES, 0.0),  # weights; 0 leaves an objective out
+            merge_lora=False,  # fold LoRA into the LLM before the stage starts
+            trainable=(),  # as the top-level `trainable`, for this stage alone; empty: the top-level table
+        )
+    )
+    with out.objectives.ignore_type():
+        for name, weight in objectives.items():
+            if name not in OBJECTIVES:
+                raise UserError(f"unknown objective {name!r}: {nearest(name, OBJECTIVES)}")
+            out.objectives[name] = float(weight)
+    for key, value in changes.items():
+        out[key] = value
+    return out
+
+
+def default() -> ConfigDict:
+    """Returns the configuration with every key at its default."""
+    c = ConfigDict()
+    c.seed = 0
+    c.model = ConfigDict(
+        dict(
+            llm="",  # a directory, an asset's name, or hf://owner/name[@revision]
+            teacher="",  # likewise, a Whisper
+            dtype="float32",  # of the computation: float32 or bfloat16
+            param_dtype="float32",  # frozen weights are stored in this
+            attention="xla",  # xla or cudnn
+            remat="none",  # none, dots, or full
+            mask="bidirectional",  # inside an audio span: causal, bidirectional, or block
+            chunk=0,  # tokens, for mask = block
+            normalisation="whisper",  # of the student's log-mel: whisper (looks ahead) or streaming (does not)
+        )
+    )
+    c.lora = ConfigDict(
+        dict(
+            n_blocks=12,  # the first N blocks of the LLM
+            rank=64,
+            alpha=64.0,
+            rslora=False,
+            targets=("q", "k", "v", "o", "gate", "up", "down"),
+            scope="request",  # all, request, or audio
+        )
+    )
+    c.embedder = ConfigDict(
+        dict(
+            kind="stem",  # stem or patch
+            token_rate=12.5,  # Hz: 25, 12.5, 8.33 or 6.25
+            from_teacher=True,  # stem: start from the teacher's convolutions
+        )
+    )
+    c.teacher = ConfigDict(
+        dict(
+            window="unpadded",  # unpadded, or 30s
+            precompute=False,  # write the pooled states to disk once, instead of running the teacher in every step
+        )
+    )
+    c.distill = ConfigDict(
+        dict(
+            loss="cosine",  # cosine, mse, nmse, or smooth_l1
+            head="own",  # own: one a pair of blocks; shared: one for all
+            layer_map="stride",  # stride, identity, last, or list
+            pairs=(),  # for list: (student block, teacher block), counted from 0
+            target_norm="standardise",  # standardise (per channel), layernorm, or none
+        )
+    )
+    c.data = ConfigDict(
+        dict(
+            train=(),  # (manifest, passes per epoch) pairs
+            validation_key="voice",  # rows of the training manifests whose key ...
+            validation_values=(),  # ... has one of these values are held out
+            min_seconds=0.0,
+            max_seconds=30.0,  # longer clips are left out, and counted
+            buckets=(),  # seconds, ascending: a batch is padded to the smallest that holds its clips
+            batch_size=16,  # rows, over all hosts
+            layout="slot",  # slot: one example a row; packed: several
+            row_tokens=512,  # packed: length of a row
+            row_clips=8,  # packed: most clips a row
+            speeds=(1.0,),  # factors, drawn anew each epoch
+            prompt="",  # after the audio, where the manifest has none
+            chat_template="",  # Jinja; empty: the tokenizer's own
+            system="",  # system turn; empty: what the template does by itself
+            workers=0,  # processes; 0: threads of this one
+            threads=2,
+            augment=dict(
+                gain_db=(0.0, 0.0),
+                noise_probability=0.0,
+                noise_snr_db=(5.0, 20.0),
+                freq_masks=0,
+                freq_width=10,  # mel bins, at most
+                time_masks=0,
+                time_width=10,  # frames, at most
+            ),
+            text_pool="",  # JSON lines of plain text and chats, for text_anchor and text_kd
+            text_rows=6,
+            text_length=64,  # tokens
+        )
+    )
+    c.trainable = (  # (regular expression of parameter paths, multiplier of the learning rate)
+        ("params/embedder/(?!text_rms)", 1.0),
+        ("lora/", 1.0),
+        ("heads/", 1.0),
+    )
+    c.optimizer = ConfigDict(dict(b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01))
+    c.train = ConfigDict(
+        dict(
+            schedule=(),  # names of stages, in order
+            stages={},
+            steps=0,  # stop after so many steps over all stages; 0: all of them
+            accumulate=1,  # micro-batches a step
+            loss_chunk=128,  # targets whose logits are held at a time
+            log_every=10,
+            eval_every=0,  # steps; 0: only at the end of the run
+            eval_rows=32,
+            checkpoint_every=100,
+            keep=2,  # newest checkpoints
+            keep_every=0,  # and each one at a multiple of this
+            max_skipped=5,  # steps in a row with non-finite gradients before the run stops
+            profile_start=0,
+            profile_steps=0,
+        )
+    )
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    c.eval = ConfigDict(dict(sets={}, batch_size=16, max_new_tokens=48, text_questions="", text_heldout=""))
+    return c
+
+
+def load(argv: Sequence[str]) -> ConfigDict:
+    """Reads `--config=FILE` and `--config.a.b=value` arguments.
+
+    Raises:
+      UserError: for a missing or broken file, an unknown key (the nearest is suggested), or a value of another type.
+    """
+    registry = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=registry)
+    path = next(
+        (
+            a.partition("=")[2] or b
+            for a, b in zip(argv, [*argv[1:], ""], strict=True)
+            if a.lstrip("-").partition("=")[0] == "config"
+        ),
+        "",
+    )
+    if not path:
+        raise UserError("no config: add --config=configs/quickstart.py")
+    if not Path(path.rpartition(":")[0] or path).is_file() and not Path(path).is_file():
+        raise UserError(f"no config file {path}: configs/ holds the shipped ones")
+    try:
+        rest = registry(["aura-jax", *argv])[1:]
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    except (ImportError, SyntaxError, NameError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: overrides look like --config.train.steps=10")
+    validate(holder.value)
+    return holder.value
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
+
+
+def from_json(path: Path) -> ConfigDict:
+    """Reads what `to_json` wrote, in a workdir or an export."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"no config at {path}: is this a workdir of aura-jax train?") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    as_tuples = lambda v: (
+        tuple(map(as_tuples, v))
+        if isinstance(v, list)
+        else ({k: as_tuples(x) for k, x in v.items()} if isinstance(v, dict) else v)
+    )
+    return ConfigDict(as_tuples(values))
+
+
+def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """Returns the stages in order, cut off at `train.steps`."""
+    left = config.train.steps or 1 << 62
+    out = []
+    for name in config.train.schedule:
+        if left > 0:
+            one = config.train.stages[name].copy_and_resolve_references()
+            out.append((name, one))
+            left -= one.steps
+    return out
+
+
+def total_steps(config: ConfigDict) -> int:
+    steps = sum(config.train.stages[name].steps for name in config.train.schedule)
+    return min(steps, config.train.steps) if config.train.steps else steps
+
+
+def validate(c: ConfigDict) -> None:
+    """Raises UserError for values that need no weights or data to be seen as wrong; the line names the key."""
+
+    def one_of(key: str, valid: Sequence[str]) -> None:
+        value = c
+        for part in key.split("."):
+            value = value[part]
+        if value not in valid:
+            raise UserError(f"unknown {key} {value!r}: {nearest(str(value), valid)}")
+
+    def at_least(key: str, low: float) -> None:
+        value = c
+        for part in key.split("."):
+            value = value[part]
+        if value < low:
+            raise UserError(f"{key} must be at least {low}, not {value}")
+
+    one_of("model.dtype", ("float32", "bfloat16"))
+    one_of("model.param_dtype", ("float32", "bfloat16"))
+    one_of("model.remat", ("none", "dots", "full"))
+    one_of("model.attention", ("xla", "cudnn"))
+    one_of("model.normalisation", ("whisper", "streaming"))
+    one_of("teacher.window", ("unpadded", "30s"))
+    one_of("distill.head", ("own", "shared"))
+    one_of("distill.target_norm", ("standardise", "layernorm", "none"))
+    one_of("data.layout", ("slot", "packed"))
+    for key in (
+        "data.batch_size",
+        "train.accumulate",
+        "train.loss_chunk",
+        "train.log_every",
+        "train.keep",
+        "train.checkpoint_every",
+        "eval.batch_size",
+        "eval.max_new_tokens",
+        "train.max_skipped",
+    ):
+        at_least(key, 1)
+    for key in ("train.steps", "train.eval_every", "data.min_seconds", "data.workers", "optimizer.weight_decay"):
+        at_least(key, 0)
+    if c.data.batch_size % c.train.accumulate:
+        raise UserError(
+            f"data.batch_size {c.data.batch_size} is not a multiple of train.accumulate {c.train.accumulate}"
+        )
+    if not c.model.llm:
+        raise UserError("model.llm is empty: name a directory, an asset (aura-jax assets list) or hf://owner/name")
+    if not c.train.schedule:
+        raise UserError("train.schedule is empty: name the stages of train.stages in order")
+    for name in c.train.schedule:
+        if name not in c.train.stages:
+            raise UserError(f"train.schedule names stage {name!r}: {nearest(name, c.train.stages.keys())}")
+        objectives = c.train.stages[name].objectives
+        active = [o for o in objectives if objectives[o]]
+        if not active:
+            raise UserError(f"train.stages.{name}.objectives: every weight is 0")
+        if "distill" in active and not c.model.teacher:
+            raise UserError(f"train.stages.{name} distils, but model.teacher is empty: name a Whisper")
+        if set(active) & {"text_anchor", "text_kd"}:
+            if not c.data.text_pool:
+                raise UserError(f"train.stages.{name} uses text, but data.text_pool is empty: name a JSON lines file")
+            if c.lora.scope == "audio":
+                raise UserError(
+                    f"train.stages.{name} anchors text, but lora.scope 'audio' never touches text: drop one of them"
+                )
+        if c.train.stages[name].merge_lora and c.lora.scope == "audio":
+            raise UserError(
+                "lora.scope 'audio' (PLoRA) acts at audio tokens only and cannot be merged: drop merge_lora"
+            )
+    for pattern, rate in c.trainable:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
+        if rate <= 0:
+            raise UserError(f"trainable: the rate of {pattern!r} must be above 0, not {rate}")

@@ -1,0 +1,1 @@
+"""Data: manifests, prompts, the batch plan and the pipeline that follows it."""

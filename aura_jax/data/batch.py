@@ -1,0 +1,62 @@
+"""The one thing the model room receives from the data room: a batch of numpy arrays with static shapes.
+
+Dimensions, used in every array name of this room:
+
+    B  rows of the batch             S  samples of a clip at 16 kHz
+    T  token columns of a row        R  targets of a row
+    K  clips of a row                P  taught pairs of blocks (teacher taps)
+    A  audio tokens of a clip        E  width of the teacher
+    M  rows of plain text            L  tokens of a row of plain text
+
+A row holds one example or several (packed). An example is a *segment* of columns: prefix, audio span, suffix, response.
+What a padding column holds never matters: its segment is 0.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """One batch, or one host's slice of it.
+
+    Attributes:
+        tokens_BxT: int32, token ids; 0 at audio and padding columns.
+        position_BxT: int32, RoPE position: counts the real tokens (text and audio) of the segment from 0; 0 at padding.
+        segment_BxT: int32, 0 = padding, 1.. = the examples of the row.
+        span_start_BxT: int32, first column of the clip that this audio token belongs to; the column itself elsewhere.
+        span_end_BxT: int32, one past the last column of that clip; the column + 1 elsewhere.
+        audio_source_BxT: int32, k * A + a where the column holds audio token a of clip k; -1 elsewhere.
+        waveform_BxKxS: float32 in [-1, 1], 16 kHz, clean (a change of speed is applied already); zeros after
+            `n_samples_BxK`.
+        n_samples_BxK: int32, valid samples; 0 = no clip.
+        audio_position_BxKxA: int32, the column of that audio token; 0 where there is none.
+        request_audio_BxT: bool, the column's segment has audio.
+        target_position_BxR: int32, the column whose hidden state predicts the target; 0 where there is none.
+        target_id_BxR: int32, the token to predict; 0 where there is none.
+        target_weight_BxR: float32, 0 = no target.
+        clip_key_BxK: int32, a stable integer per example, for random keys and the teacher store: the row's number
+            across the run's sources; 0 where there is no clip.
+        teacher_BxKxPxAxE: float16, precomputed teacher states pooled to audio tokens, zeros where there are none;
+            None if not precomputed.
+        text_tokens_MxL: int32, rows of plain text; None if the run uses no text pool.
+        text_segment_MxL: int32, the document within the row, 1..; 0 = padding; None with `text_tokens_MxL`.
+    """
+
+    tokens_BxT: np.ndarray
+    position_BxT: np.ndarray
+    segment_BxT: np.ndarray
+    span_start_BxT: np.ndarray
+    span_end_BxT: np.ndarray
+    audio_source_BxT: np.ndarray
+    waveform_BxKxS: np.ndarray
+    n_samples_BxK: np.ndarray
+    audio_position_BxKxA: np.ndarray
+    request_audio_BxT: np.ndarray
+    target_position_BxR: np.ndarray
+    target_id_BxR: np.ndarray
+    target_weight_BxR: np.ndarray
+    clip_key_BxK: np.ndarray
+    teacher_BxKxPxAxE: np.ndarray | None = None
+    text_tokens_MxL: np.ndarray | None = None
+    text_segment_MxL: np.ndarray | None = None

@@ -1,0 +1,78 @@
+"""A source: the rows of a manifest, tokenised and measured, ready to be planned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from aura_jax.data.manifest import Row, clip_samples
+from aura_jax.data.plan import Lengths
+from aura_jax.data.prompts import ChatFormat
+from aura_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows with the token ids of each, and their lengths for the plan."""
+
+    rows: Sequence[Row]
+    prefix_ids: Sequence[tuple[int, ...]]
+    suffix_ids: Sequence[tuple[int, ...]]
+    response_ids: Sequence[tuple[int, ...]]
+    lengths: Lengths
+
+
+def make_source(
+    rows: Sequence[Row],
+    chat: ChatFormat,
+    *,
+    prompt: str = "",
+    responses: bool = True,
+    seconds_cache: Path | None = None,
+) -> Source:
+    """Tokenises rows and measures their clips.
+
+    Args:
+        rows: of a manifest, or a part of one.
+        chat: the chat format.
+        prompt: for speech rows without a prompt of their own.
+        responses: False: no response and no target, for generating one.
+        seconds_cache: see `manifest.clip_samples`.
+
+    Raises:
+        UserError: there are no rows; a plain text has fewer than two tokens, or `responses` is False and it has nothing
+            to answer; the chat template fails.
+    """
+    if not rows:
+        raise UserError("a source without rows: give a manifest, or a part of one, that has some")
+    prefixes, suffixes, targets = [], [], []
+    for row in rows:
+        if row.is_plain_text:
+            if not responses:
+                raise UserError(f"{row.where}: a plain text, and nothing to answer: give it 'prompt' and 'response'")
+            prefix, target = _plain_text(row, chat)
+            suffix = ()
+        else:
+            words = row.prompt if row.prompt is not None else prompt
+            prefix, suffix = chat.encode(words, row.audio is not None, row.history)
+            target = chat.response(row.target) if responses else ()
+        prefixes.append(prefix)
+        suffixes.append(suffix)
+        targets.append(target)
+    n_prefix, n_suffix, n_response = (np.array([len(ids) for ids in part]) for part in (prefixes, suffixes, targets))
+    n_samples = np.array(clip_samples(rows, cache=seconds_cache))
+    names = [row.where for row in rows]
+    return Source(rows, prefixes, suffixes, targets, Lengths(names, n_samples, n_prefix, n_suffix, n_response))
+
+
+def _plain_text(row: Row, chat: ChatFormat) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The token that begins a text, and those to be predicted."""
+    assert row.text is not None
+    ids = chat.text(row.text)
+    bos = chat.tokenizer.bos_token_id
+    if getattr(chat.tokenizer, "add_bos_token", False) and bos is not None:
+        ids = (bos, *ids)
+    if len(ids) < 2:
+        raise UserError(f"{row.where}: a plain text of {len(ids)} tokens predicts nothing: give a longer one")
+    return ids[:1], ids[1:]

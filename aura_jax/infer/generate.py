@@ -1,0 +1,387 @@
+"""Batched greedy decoding with a KV cache: one compiled prefill from waveform to first token, one compiled decode loop.
+
+A row's columns are prefix, audio slot, suffix, answer; each part is as wide as the longest of the batch (rounded up, so
+that compilations are few), and what a row leaves free is padding, segment 0. Positions count real tokens: an answer
+depends neither on padding nor on the other rows.
+
+Dimensions: B rows, T prompt columns, G columns of the answer, S = T + G columns of the cache, A audio tokens,
+N samples of a clip, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aura_jax import sharding
+from aura_jax.audio import features
+from aura_jax.errors import UserError
+from aura_jax.models.llm import Cache, Context
+from aura_jax.models.speech_llm import Columns, text_context
+from aura_jax.system import System
+
+# Where LoRA acts on the tokens of a request. "off": the model is the base LLM, bit by bit.
+_OFF, _EVERYWHERE, _AT_AUDIO = "off", "everywhere", "at_audio"
+
+_AUDIO_SECONDS = (2.0, 4.0, 8.0, 16.0, 30.0)  # buckets of clips, if the config names none
+_BEYOND_SECONDS = 10.0  # longer clips: multiples of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One turn to answer.
+
+    Attributes:
+      waveform: float32 [samples] at 16 kHz, or None for a turn of text.
+      prompt: the user's text: after the audio, or the turn itself. Empty beside audio: the prompt that the run was
+        trained with.
+      history: earlier turns, {"role": ..., "content": text}, oldest first.
+      transcript: text that stands in the place of the audio, for the text oracle; not together with `waveform`.
+    """
+
+    waveform: np.ndarray | None = None
+    prompt: str = ""
+    history: Sequence[Mapping[str, str]] = ()
+    transcript: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+      text: what `tokens` say, without special tokens.
+      tokens: generated ids, without the one that ended the turn.
+      ended: the model ended its turn; False if `max_new_tokens` did.
+      seconds: wall time of the batch that the request was in.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended: bool
+    seconds: float
+
+
+@flax.struct.dataclass
+class _Inputs:
+    """A batch for the prefill; `waveform_BxN` is None for text. `last_B`: the column that predicts the first token."""
+
+    columns: Columns
+    last_B: jax.Array
+    waveform_BxN: jax.Array | None
+    n_samples_B: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """A tokenised request: its place in the list, ids before and after the audio, its bucket of samples (0: text)."""
+
+    index: int
+    waveform: np.ndarray | None
+    prefix: Sequence[int]
+    suffix: Sequence[int]
+    n_bucket: int
+    lora: str
+
+
+class Generator:
+    """Answers requests with a speech LLM.
+
+    A spoken request uses the adapters as `lora.scope` says; one without audio runs without the `lora` collection under
+    the scopes "request" and "audio", and is then the base LLM's answer to the bit.
+
+    Attributes:
+      variables: `params` and `lora`; other trees replace them between calls without compiling anew (during training).
+      shapes: (LoRA, B, T, samples) of every batch so far: one compilation each.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        variables: Mapping[str, Any],
+        *,
+        batch_size: int | None = None,
+        max_new_tokens: int | None = None,
+        adapters_on_text: bool | None = None,
+    ):
+        """
+        Args:
+          system: from `system.build`.
+          variables: `params` and `lora`.
+          batch_size: most rows decoded together; None: `eval.batch_size`.
+          max_new_tokens: None: `eval.max_new_tokens`.
+          adapters_on_text: adapters in requests without audio: True as after a merge, or in a text turn after a spoken
+            one; False for the base LLM; None: as `lora.scope` says.
+
+        Raises:
+          UserError: if adapters are asked for on text that scope "audio" never lets act there.
+        """
+        scope = system.model.config.lora.scope if system.model.config.lora else "request"
+        if adapters_on_text and scope == "audio":
+            raise UserError("lora.scope 'audio' acts at audio tokens only: text with adapters on does not exist")
+        on_text = scope == "all" if adapters_on_text is None else adapters_on_text
+        self.system = system
+        self.variables = variables
+        self.shapes: set[tuple[str, int, int, int]] = set()
+        self._batch_size = system.config.eval.batch_size if batch_size is None else batch_size
+        self._max_new = system.config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if self._batch_size < 1 or self._max_new < 1:
+            raise UserError(f"batch size {self._batch_size}, {self._max_new} new tokens: both must be at least 1")
+        self._text_lora = _EVERYWHERE if on_text else _OFF
+        self._speech_lora = _AT_AUDIO if scope == "audio" else _EVERYWHERE
+        mesh = _mesh_of(variables)
+        self._row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+        self._prefill = jax.jit(functools.partial(_prefill, system, mesh), static_argnames=("lora", "n_new"))
+        self._decode = jax.jit(
+            functools.partial(_decode, system, mesh), static_argnames=("lora", "n_new"), donate_argnames="cache"
+        )
+
+    def generate(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> list[Reply]:
+        """Returns the greedy answer to each request, in order.
+
+        Args:
+          requests: any mixture of spoken and text turns; they are sorted into batches by kind and length.
+          progress: called after each batch with the number of requests in it.
+
+        Raises:
+          UserError: for a request with neither audio nor text, or audio that is not a mono waveform.
+        """
+        prompts = [self._prompt(i, request) for i, request in enumerate(requests)]
+        prompts.sort(key=lambda p: (p.lora, p.n_bucket, len(p.prefix), len(p.suffix)))
+        replies: list[Reply | None] = [None] * len(requests)
+        start = 0
+        while start < len(prompts):
+            # Text and speech, and adapters on and off, are different programs.
+            kind = (prompts[start].lora, prompts[start].n_bucket > 0)
+            batch = [p for p in prompts[start : start + self._batch_size] if (p.lora, p.n_bucket > 0) == kind]
+            for prompt, reply in zip(batch, self._run(batch), strict=True):
+                replies[prompt.index] = reply
+            start += len(batch)
+            if progress is not None:
+                progress(len(batch))
+        return [reply for reply in replies if reply is not None]
+
+    def _prompt(self, index: int, request: Request) -> _Prompt:
+        system, waveform = self.system, request.waveform
+        if waveform is not None and request.transcript is not None:
+            raise UserError("a request has either a waveform or a transcript in its place: drop one")
+        if waveform is None and request.transcript is None:
+            if not request.prompt:
+                raise UserError("nothing to answer: a request needs audio or a prompt")
+            before, after = system.chat.encode(request.prompt, has_audio=False, history=request.history)
+            return _Prompt(index, None, [*before, *after], [], 0, self._text_lora)
+        prompt = request.prompt or system.config.data.prompt
+        before, after = system.chat.encode(prompt, has_audio=True, history=request.history)
+        if request.transcript is not None:
+            middle = system.chat.text(request.transcript)
+            return _Prompt(index, None, [*before, *middle, *after], [], 0, self._text_lora)
+        waveform = np.asarray(waveform, np.float32)
+        if waveform.ndim != 1 or not len(waveform):
+            raise UserError(f"audio of shape {waveform.shape}: one mono waveform with at least one sample is needed")
+        n_bucket = _sample_bucket(len(waveform), system.config.data.buckets or _AUDIO_SECONDS)
+        return _Prompt(index, waveform, before, after, n_bucket, self._speech_lora)
+
+    def _run(self, batch: Sequence[_Prompt]) -> list[Reply]:
+        start = time.perf_counter()
+        lora, n_new = batch[0].lora, self._max_new
+        # Rows up to a power of two (then the mesh's multiple): the last batch of a set must not compile anew each time.
+        n_rows = min(1 << (len(batch) - 1).bit_length(), self._batch_size)
+        n_rows = -(-n_rows // self._row_multiple) * self._row_multiple
+        inputs = self._inputs(batch, n_rows)
+        n_samples = 0 if inputs.waveform_BxN is None else inputs.waveform_BxN.shape[1]
+        self.shapes.add((lora, *inputs.columns.tokens_BxT.shape, n_samples))
+
+        cache, token_B = self._prefill(self.variables, inputs, lora=lora, n_new=n_new)
+        columns = inputs.columns
+        n_real_B = (columns.segment_BxT != 0).sum(1).astype(np.int32)
+        segment_BxS = np.pad(columns.segment_BxT, ((0, 0), (0, n_new)), constant_values=1)
+        stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
+        answer_BxG, _ = self._decode(
+            self.variables, token_B, n_real_B, segment_BxS, stop_ids, cache=cache, lora=lora, n_new=n_new
+        )
+        answer_BxG = np.asarray(answer_BxG)
+        seconds = time.perf_counter() - start
+        return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
+
+    def _inputs(self, batch: Sequence[_Prompt], n_rows: int) -> _Inputs:
+        n_prefix = _token_bucket(max(len(p.prefix) for p in batch))
+        n_suffix = _token_bucket(max(len(p.suffix) for p in batch))
+        n_samples = max(p.n_bucket for p in batch)
+        rate = self.system.config.embedder.token_rate
+        n_audio = int(features.n_audio_tokens(n_samples, rate))
+        n_columns = n_prefix + n_audio + n_suffix
+
+        tokens_BxT, source_BxT, segment_BxT = np.zeros((3, n_rows, n_columns), np.int32)
+        source_BxT -= 1
+        span_start_BxT = np.tile(np.arange(n_columns, dtype=np.int32), (n_rows, 1))
+        span_end_BxT = span_start_BxT + 1
+        waveform_BxN, n_samples_B = np.zeros((n_rows, n_samples), np.float32), np.zeros(n_rows, np.int32)
+        last_B = np.zeros(n_rows, np.int32)
+        slot, tail = n_prefix, n_prefix + n_audio
+        for b, prompt in enumerate(batch):
+            tokens_BxT[b, : len(prompt.prefix)] = prompt.prefix
+            segment_BxT[b, : len(prompt.prefix)] = 1
+            last_B[b] = len(prompt.prefix) - 1
+            if prompt.waveform is not None:
+                n_samples_B[b] = len(prompt.waveform)
+                waveform_BxN[b, : len(prompt.waveform)] = prompt.waveform
+                span = slice(slot, slot + int(features.n_audio_tokens(len(prompt.waveform), rate)))
+                segment_BxT[b, span] = 1
+                source_BxT[b, span] = np.arange(span.stop - span.start)
+                span_start_BxT[b, span], span_end_BxT[b, span] = span.start, span.stop
+                last_B[b] = span.stop - 1
+            if prompt.suffix:
+                tokens_BxT[b, tail : tail + len(prompt.suffix)] = prompt.suffix
+                segment_BxT[b, tail : tail + len(prompt.suffix)] = 1
+                last_B[b] = tail + len(prompt.suffix) - 1
+        columns = Columns(
+            tokens_BxT=tokens_BxT,
+            position_BxT=np.maximum(np.cumsum(segment_BxT, axis=1, dtype=np.int32) - 1, 0),
+            segment_BxT=segment_BxT,
+            span_start_BxT=span_start_BxT,
+            span_end_BxT=span_end_BxT,
+            audio_source_BxT=source_BxT,
+            audio_position_BxKxA=np.zeros((n_rows, 1, n_audio), np.int32),  # nothing is tapped
+            request_audio_BxT=np.broadcast_to(n_samples_B[:, None] > 0, tokens_BxT.shape),
+        )
+        spoken = n_samples > 0
+        return _Inputs(columns, last_B, waveform_BxN if spoken else None, n_samples_B if spoken else None)
+
+    def _reply(self, answer_G: np.ndarray, seconds: float) -> Reply:
+        stops = np.flatnonzero(np.isin(answer_G, list(self.system.chat.stop_ids)))
+        tokens = answer_G[: stops[0]] if len(stops) else answer_G
+        text = self.system.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
+        return Reply(text, tuple(tokens.tolist()), bool(len(stops)), seconds)
+
+
+def _sample_bucket(n_samples: int, seconds: Sequence[float]) -> int:
+    """Returns the samples that a clip is padded to: a multiple of the hop."""
+    for bucket in seconds:
+        n = features.n_frames(round(bucket * features.SAMPLE_RATE)) * features.HOP
+        if n_samples <= n:
+            return n
+    step = round(_BEYOND_SECONDS * features.SAMPLE_RATE)
+    return -(-n_samples // step) * step
+
+
+def _token_bucket(n: int) -> int:
+    """Returns `n` rounded up: to a multiple of 8, and of ever larger steps from 64 on, by a quarter at most."""
+    step = 8
+    while n > 8 * step:
+        step *= 2
+    return -(-n // step) * step
+
+
+def _mesh_of(variables: Any) -> jax.sharding.Mesh | None:
+    """Returns the mesh that the variables are spread over; None for a single device."""
+    for leaf in jax.tree.leaves(variables):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.sharding.NamedSharding):
+            mesh = leaf.sharding.mesh
+            return mesh if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1 else None
+    return None
+
+
+def _rows_on_mesh(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    if mesh is None:
+        return tree
+    place = lambda x: jax.lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
+    return jax.tree.map(place, tree)
+
+
+def _visible(variables: Mapping[str, Any], lora: str) -> dict[str, Any]:
+    """Returns the collections that a pass may see: without `lora`, the model is the base LLM."""
+    return {name: variables[name] for name in ("params", "lora") if name == "params" or lora != _OFF}
+
+
+def _prefill(
+    system: System, mesh: jax.sharding.Mesh | None, variables: Mapping[str, Any], inputs: _Inputs, lora: str, n_new: int
+) -> tuple[Cache, jax.Array]:
+    """Reads the prompts; returns the cache, T + n_new columns long, and the first token of each answer."""
+    inputs = _rows_on_mesh(inputs, mesh)
+    model, columns, visible = system.model, inputs.columns, _visible(variables, lora)
+    if inputs.waveform_BxN is None:
+        x_BxTxD = model.apply(visible, columns.tokens_BxT, method="embed_text")
+        ctx = text_context(columns.position_BxT, columns.segment_BxT)
+    else:
+        mel_BxFxM = features.log_mel(
+            inputs.waveform_BxN,
+            system.n_mels,
+            n_samples_B=inputs.n_samples_B,
+            normalisation=system.config.model.normalisation,
+        )
+        n_frames_B = features.n_frames(inputs.n_samples_B)
+        x_BxTxD = model.apply(visible, columns, mel_BxFxM[:, None], n_frames_B[:, None], method="embed")
+        ctx = model.apply(visible, columns, method="context").replace(tap_position_BxQ=None)
+        if lora == _EVERYWHERE:
+            ctx = ctx.replace(lora_mask_BxT=None)  # all tokens of a spoken request, so no select
+    n_rows, n_columns = columns.tokens_BxT.shape
+    ctx = ctx.replace(k_segment_BxS=jnp.pad(columns.segment_BxT, ((0, 0), (0, n_new))), cache_start=jnp.int32(0))
+    cache = Cache.zeros(model.config.llm, n_rows, n_columns + n_new, model.dtype)
+    x_BxTxD, cache, _ = model.apply(visible, x_BxTxD, ctx, cache, method="adapted_blocks")
+    h_BxTxD, cache = model.apply(visible, x_BxTxD, ctx, cache, method="plain_blocks")
+    h_BxD = jnp.take_along_axis(h_BxTxD, inputs.last_B[:, None, None], axis=1)[:, 0]
+    return cache, _best_token(system, visible, h_BxD)
+
+
+def _best_token(system: System, visible: Mapping[str, Any], h_BxD: jax.Array) -> jax.Array:
+    logits_BxV = system.model.apply(visible, h_BxD, method="logits")
+    return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+
+
+def _decode(
+    system: System,
+    mesh: jax.sharding.Mesh | None,
+    variables: Mapping[str, Any],
+    token_B: jax.Array,
+    n_real_B: jax.Array,
+    segment_BxS: jax.Array,
+    stop_ids: jax.Array,
+    cache: Cache,
+    lora: str,
+    n_new: int,
+) -> tuple[jax.Array, Cache]:
+    """Returns the answers [B, n_new], padded with a stop id after the first one, and the cache (it is donated).
+
+    Args:
+      token_B: first token of each answer.
+      n_real_B: tokens of each prompt, padding not counted: the position of the first answer token. 0: an empty row.
+    """
+    # Under PLoRA answer tokens are text, and see the base LLM's weights.
+    model, visible = system.model, _visible(variables, _OFF if lora == _AT_AUDIO else lora)
+    n_rows, n_cached = segment_BxS.shape
+    first_column = n_cached - n_new
+    ended = lambda token_B: jnp.isin(token_B, stop_ids)
+
+    def unfinished(state: tuple) -> jax.Array:
+        n_done, _, finished_B, *_ = state
+        return (n_done < n_new) & ~finished_B.all()
+
+    def one_token(state: tuple) -> tuple:
+        n_done, token_B, finished_B, answer_BxG, cache = state
+        column = first_column + n_done - 1
+        ctx = Context(
+            position_BxT=(n_real_B + n_done - 1)[:, None],
+            k_end_BxT=jnp.broadcast_to(column + 1, (n_rows, 1)),
+            q_segment_BxT=jnp.ones((n_rows, 1), jnp.int32),
+            k_segment_BxS=segment_BxS,
+            cache_start=column,
+        )
+        x_Bx1xD = model.apply(visible, token_B[:, None], method="embed_text")
+        x_Bx1xD, cache, _ = model.apply(visible, x_Bx1xD, ctx, cache, method="adapted_blocks")
+        h_Bx1xD, cache = model.apply(visible, x_Bx1xD, ctx, cache, method="plain_blocks")
+        token_B = jnp.where(finished_B, stop_ids[0], _best_token(system, visible, h_Bx1xD[:, 0]))
+        answer_BxG = jax.lax.dynamic_update_slice(answer_BxG, token_B[:, None], (0, n_done))
+        return n_done + 1, token_B, finished_B | ended(token_B), answer_BxG, cache
+
+    answer_BxG = jnp.full((n_rows, n_new), stop_ids[0]).at[:, 0].set(token_B)
+    state = (jnp.int32(1), token_B, ended(token_B) | (n_real_B == 0), answer_BxG, cache)
+    *_, answer_BxG, cache = jax.lax.while_loop(unfinished, one_token, state)
+    if mesh is not None:  # every host reads all answers
+        answer_BxG = jax.lax.with_sharding_constraint(answer_BxG, sharding.replicated(mesh))
+    return answer_BxG, cache

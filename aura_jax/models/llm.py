@@ -1,0 +1,324 @@
+"""A decoder LLM: Llama 3, Qwen2/2.5, Qwen3, SmolLM2 and their kin, with LoRA on the first blocks.
+
+Two scans: `adapted`, the first N blocks, and `plain`, the rest; each block's weights are stacked on axis 0.
+Dimensions: B rows, T tokens, S cached tokens, L blocks, D width, H heads, G key/value heads, K width of a head,
+F width of the MLP, V vocabulary, Q audio positions that a tap sees.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aura_jax.errors import UserError, nearest
+from aura_jax.models.attention import attention
+from aura_jax.models.lora import Dense, LoRAConfig
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+REMAT = ("none", "dots", "full")
+
+# tap(h_BxQxD, block index, tap arguments) -> pytree, stacked over blocks by the scan.
+Tap = Callable[[jax.Array, jax.Array, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+    """Shape of a decoder LLM; `from_hf` reads a Hugging Face config.json."""
+
+    family: str
+    vocab: int
+    width: int
+    mlp_width: int
+    n_blocks: int
+    n_heads: int
+    n_kv_heads: int
+    head_width: int
+    rope_theta: float
+    rope_scaling: tuple[tuple[str, float], ...] = ()  # llama3's four numbers, as sorted pairs: hashable
+    norm_eps: float = 1e-6
+    tied: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "LLMConfig":
+        """Reads the dictionary of a config.json, in the key names of transformers 4 and 5.
+
+        Raises:
+          UserError: for another family, or a variant whose result would differ silently.
+        """
+        family = hf.get("model_type", "?")
+        if family not in FAMILIES:
+            raise UserError(f"LLM family {family!r} is not supported: {nearest(family, FAMILIES)}")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported: silu only")
+        if hf.get("use_sliding_window") or hf.get("mlp_bias"):
+            raise UserError("sliding windows and MLP biases are not supported: choose a model without them")
+        bias = hf.get("attention_bias", False)
+        if bias and family != "qwen2":
+            raise UserError(f"attention_bias is not supported for {family}: choose a model without it")
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+        if kind not in ("default", "llama3"):
+            raise UserError(f"rope type {kind!r} is not supported: default or llama3")
+        return cls(
+            family=family,
+            vocab=hf["vocab_size"],
+            width=hf["hidden_size"],
+            mlp_width=hf["intermediate_size"],
+            n_blocks=hf["num_hidden_layers"],
+            n_heads=hf["num_attention_heads"],
+            n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            head_width=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            rope_theta=float(theta),
+            rope_scaling=tuple(sorted((k, float(v)) for k, v in rope.items())) if kind == "llama3" else (),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tied=hf.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+
+
+@flax.struct.dataclass
+class Context:
+    """What every block needs beside its input.
+
+    Attributes:
+      position_BxT: index of each token in its request, for RoPE.
+      k_end_BxT: exclusive end of the keys each query sees, in columns of the keys (of the cache, if there is one).
+      q_segment_BxT, k_segment_BxS: request of each query and key; 0 is padding.
+      lora_mask_BxT: where the LoRA delta acts; None for everywhere.
+      tap_position_BxQ: columns of the audio tokens that a tap sees; None for all columns.
+      cache_start: scalar, the column of the cache that the first query is written to.
+    """
+
+    position_BxT: jax.Array
+    k_end_BxT: jax.Array
+    q_segment_BxT: jax.Array
+    k_segment_BxS: jax.Array
+    lora_mask_BxT: jax.Array | None = None
+    tap_position_BxQ: jax.Array | None = None
+    cache_start: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of all blocks: a carry of the scan over blocks and of the decoding loop."""
+
+    k_LxBxSxGxK: jax.Array
+    v_LxBxSxGxK: jax.Array
+
+    @classmethod
+    def zeros(cls, config: LLMConfig, n_rows: int, length: int, dtype: jnp.dtype) -> "Cache":
+        shape = (config.n_blocks, n_rows, length, config.n_kv_heads, config.head_width)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def rope_frequencies(config: LLMConfig) -> np.ndarray:
+    """Returns RoPE's angular frequencies [K/2] in radians per token, with Llama 3's scaling where configured."""
+    exponent = np.arange(0, config.head_width, 2, dtype=np.float32) / config.head_width
+    freq = (1.0 / config.rope_theta**exponent).astype(np.float32)
+    if not config.rope_scaling:
+        return freq
+    scaling = dict(config.rope_scaling)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    old_length = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / freq
+    smooth = np.clip((old_length / wavelength - low) / (high - low), 0.0, 1.0)
+    return ((1 - smooth) * freq / scaling["factor"] + smooth * freq).astype(np.float32)
+
+
+def apply_rope(x_BxTxHxK: jax.Array, angle_BxTxJ: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head's width by `angle` [B, T, K/2] (the half-split convention)."""
+    cos, sin = jnp.cos(angle_BxTxJ)[:, :, None], jnp.sin(angle_BxTxJ)[:, :, None]
+    a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxHxK.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+
+    eps: float
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        y32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return y32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class _Attention(nn.Module):
+    config: LLMConfig
+    lora: LoRAConfig | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    impl: str
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: jax.Array, ctx: Context, cache: Cache | None, block: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        B, T, _ = x_BxTxD.shape
+
+        def project(name: str, n_heads: int) -> jax.Array:
+            dense = _dense(self, name, n_heads * c.head_width, use_bias=c.qkv_bias)
+            y_BxTxHxK = dense(x_BxTxD, ctx.lora_mask_BxT).reshape(B, T, n_heads, c.head_width)
+            if c.qk_norm and name != "v":
+                y_BxTxHxK = RMSNorm(c.norm_eps, self.param_dtype, name=f"{name}_norm")(y_BxTxHxK)
+            return y_BxTxHxK
+
+        angle_BxTxJ = ctx.position_BxT[:, :, None].astype(jnp.float32) * rope_frequencies(c)
+        q_BxTxHxK = apply_rope(project("q", c.n_heads), angle_BxTxJ)
+        k_BxSxGxK = apply_rope(project("k", c.n_kv_heads), angle_BxTxJ)
+        v_BxSxGxK = project("v", c.n_kv_heads)
+        if cache is not None:
+            at = (block, 0, ctx.cache_start, 0, 0)
+            put = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at)
+            cache = Cache(put(cache.k_LxBxSxGxK, k_BxSxGxK), put(cache.v_LxBxSxGxK, v_BxSxGxK))
+            take = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, block, keepdims=False).astype(self.dtype)
+            k_BxSxGxK, v_BxSxGxK = take(cache.k_LxBxSxGxK), take(cache.v_LxBxSxGxK)
+        out_BxTxHxK = attention(
+            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, ctx.k_end_BxT, ctx.q_segment_BxT, ctx.k_segment_BxS, self.impl
+        )
+        out_BxTxD = out_BxTxHxK.reshape(B, T, c.n_heads * c.head_width)
+        return _dense(self, "o", c.width)(out_BxTxD, ctx.lora_mask_BxT), cache
+
+
+class _MLP(nn.Module):
+    config: LLMConfig
+    lora: LoRAConfig | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, lora_mask_BxT: jax.Array | None) -> jax.Array:
+        gate_BxTxF = _dense(self, "gate", self.config.mlp_width)(x_BxTxD, lora_mask_BxT)
+        up_BxTxF = _dense(self, "up", self.config.mlp_width)(x_BxTxD, lora_mask_BxT)
+        return _dense(self, "down", self.config.width)(nn.silu(gate_BxTxF) * up_BxTxF, lora_mask_BxT)
+
+
+def _dense(module: "_Attention | _MLP", name: str, features: int, use_bias: bool = False) -> Dense:
+    lora = module.lora if module.lora is not None and name in module.lora.targets else None
+    return Dense(features, use_bias, lora, module.dtype, module.param_dtype, name=name)
+
+
+class Block(nn.Module):
+    """One decoder block in the form that `nn.scan` takes: carry in, carry and tap output out."""
+
+    config: LLMConfig
+    lora: LoRAConfig | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    impl: str
+    tap: Tap | None
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None, jax.Array], ctx: Context, tap_args: Any
+    ) -> tuple[tuple[jax.Array, Cache | None, jax.Array], Any]:
+        x_BxTxD, cache, block = carry
+        norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)
+        kinds = (self.config, self.lora, self.dtype, self.param_dtype)
+        a_BxTxD, cache = _Attention(*kinds, self.impl, name="attn")(norm("input_norm")(x_BxTxD), ctx, cache, block)
+        x_BxTxD = x_BxTxD + a_BxTxD
+        x_BxTxD = x_BxTxD + _MLP(*kinds, name="mlp")(norm("post_norm")(x_BxTxD), ctx.lora_mask_BxT)
+        if self.tap is None:
+            return (x_BxTxD, cache, block + 1), None
+        h_BxQxD = x_BxTxD
+        if ctx.tap_position_BxQ is not None:
+            h_BxQxD = jnp.take_along_axis(x_BxTxD, ctx.tap_position_BxQ[:, :, None], axis=1)
+        return (x_BxTxD, cache, block + 1), self.tap(h_BxQxD, block, tap_args)
+
+
+class LLM(nn.Module):
+    """The decoder. `embed`, then `adapted_blocks`, then `plain_blocks`, then `logits` where they are wanted.
+
+    Attributes:
+      lora: None for no adapters; its n_blocks says how many blocks are in the first scan.
+      tap: called after each adapted block with the hidden states at the audio positions.
+      remat: "none", "dots" (keeps the results of matmuls with weights), or "full" (keeps each block's input only).
+    """
+
+    config: LLMConfig
+    lora: LoRAConfig | None = None
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    attention_impl: str = "xla"
+    remat: str = "none"
+    tap: Tap | None = None
+
+    @property
+    def n_adapted(self) -> int:
+        return self.lora.n_blocks if self.lora is not None else 0
+
+    def setup(self):
+        c = self.config
+        if not 0 <= self.n_adapted <= c.n_blocks:
+            raise UserError(f"lora.n_blocks is {self.n_adapted}, but the LLM has {c.n_blocks} blocks")
+        self.token_embed = nn.Embed(c.vocab, c.width, dtype=self.dtype, param_dtype=self.param_dtype, name="embed")
+        if self.n_adapted:
+            self.adapted = self._blocks(self.n_adapted, self.lora, self.tap)
+        if self.n_adapted < c.n_blocks:
+            self.plain = self._blocks(c.n_blocks - self.n_adapted, None, None)
+        self.final_norm = RMSNorm(c.norm_eps, self.param_dtype)
+        if not c.tied:
+            self.lm_head = Dense(c.vocab, False, None, self.dtype, self.param_dtype)
+
+    def _blocks(self, length: int, lora: LoRAConfig | None, tap: Tap | None) -> nn.Module:
+        block = Block
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "lora": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=length,
+        )(self.config, lora, self.dtype, self.param_dtype, self.attention_impl, tap)
+
+    def embed(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Returns the embeddings [B, T, D] of token ids."""
+        return self.token_embed(tokens_BxT)
+
+    def adapted_blocks(
+        self, x_BxTxD: jax.Array, ctx: Context, cache: Cache | None = None, tap_args: Any = None
+    ) -> tuple[jax.Array, Cache | None, Any]:
+        """Runs the first N blocks; returns hidden states, cache, and the tap's outputs stacked over N (or None)."""
+        if not self.n_adapted:
+            return x_BxTxD, cache, None
+        carry, taps = self.adapted((x_BxTxD, cache, jnp.int32(0)), ctx, tap_args)
+        return carry[0], carry[1], taps
+
+    def plain_blocks(
+        self, x_BxTxD: jax.Array, ctx: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the remaining blocks and the final norm; returns what `logits` takes, and the cache."""
+        if self.n_adapted < self.config.n_blocks:
+            carry, _ = self.plain((x_BxTxD, cache, jnp.int32(self.n_adapted)), ctx, None)
+            x_BxTxD, cache = carry[0], carry[1]
+        return self.final_norm(x_BxTxD), cache
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """Returns logits [..., V] in float32 of normed hidden states [..., D]: call it at targets only."""
+        if self.config.tied:
+            return self.token_embed.attend(h).astype(jnp.float32)
+        return self.lm_head(h).astype(jnp.float32)
+
+    def __call__(
+        self, x_BxTxD: jax.Array, ctx: Context, cache: Cache | None = None, tap_args: Any = None
+    ) -> tuple[jax.Array, Cache | None, Any]:
+        """Runs all blocks; returns normed hidden states [B, T, D], the cache and the taps."""
+        x_BxTxD, cache, taps = self.adapted_blocks(x_BxTxD, ctx, cache, tap_args)
+        h_BxTxD, cache = self.plain_blocks(x_BxTxD, ctx, cache)
+        return h_BxTxD, cache, taps

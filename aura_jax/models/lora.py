@@ -1,0 +1,90 @@
+"""LoRA (arXiv 2106.09685) as a collection of its own beside frozen weights.
+
+A model applied without the `lora` collection *is* the plain model: the text teacher of distillation, the forgetting
+test and the merge test need nothing else.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aura_jax.errors import UserError, nearest
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+SCOPES = ("all", "request", "audio")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Which linears of which blocks get a low-rank delta, and at which tokens it acts.
+
+    Attributes:
+      n_blocks: the first blocks of the LLM that are adapted.
+      rank, alpha: the delta is scale * x A B with scale = alpha / rank, or alpha / sqrt(rank) if `rslora`.
+      targets: names of adapted linears, of `TARGETS`.
+      scope: "all" tokens (mergeable); "request": all tokens of a request that has audio, so that text-only requests
+        are exact; "audio" tokens only (PLoRA, arXiv 2401.16420), which can be neither merged nor expressed by PEFT.
+    """
+
+    n_blocks: int
+    rank: int
+    alpha: float
+    rslora: bool = False
+    targets: tuple[str, ...] = TARGETS
+    scope: str = "all"
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise UserError(f"lora.rank must be at least 1, not {self.rank}")
+        if self.scope not in SCOPES:
+            raise UserError(f"unknown lora.scope {self.scope!r}: {nearest(self.scope, SCOPES)}")
+        if not self.targets:
+            raise UserError(f"lora.targets is empty: name at least one of {', '.join(TARGETS)}")
+        for target in self.targets:
+            if target not in TARGETS:
+                raise UserError(f"unknown lora.targets {target!r}: {nearest(target, TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class Dense(nn.Module):
+    """x @ kernel (+ bias), plus the LoRA delta where the `lora` collection is present.
+
+    Attributes:
+      features: width of the output.
+      lora: None for a linear that is never adapted.
+      dtype, param_dtype: of the computation, and of the stored kernel and bias. A and B are stored in float32.
+    """
+
+    features: int
+    use_bias: bool = False
+    lora: LoRAConfig | None = None
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxTxI: jax.Array, lora_mask_BxT: jax.Array | None = None) -> jax.Array:
+        """Returns [B, T, features]; where `lora_mask_BxT` is given and False, the delta is absent."""
+        n_in = x_BxTxI.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (n_in, self.features), self.param_dtype)
+        x_BxTxI = x_BxTxI.astype(self.dtype)
+        y_BxTxO = x_BxTxI @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            y_BxTxO = y_BxTxO + bias.astype(self.dtype)
+        if self.lora is None or not (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
+            return y_BxTxO
+        rank = self.lora.rank
+        # Kaiming-uniform with gain 1/sqrt(3), as PEFT: the variance of x A is that of x over 3.
+        init_a = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        a = self.variable("lora", "a", lambda: init_a(self.make_rng("lora"), (n_in, rank), jnp.float32)).value
+        b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)).value
+        delta_BxTxO = (x_BxTxI @ a.astype(self.dtype)) @ b.astype(self.dtype) * self.lora.scale
+        if lora_mask_BxT is None:
+            return y_BxTxO + delta_BxTxO
+        # Select rather than multiply by 0: a NaN of the delta must not leak into tokens outside its scope.
+        return jnp.where(lora_mask_BxT[..., None], y_BxTxO + delta_BxTxO, y_BxTxO)

@@ -1,0 +1,166 @@
+"""The mesh, and the two tables: parameter path to mesh axes, and parameter path to trained or frozen.
+
+A path is the keys of a variable tree joined by "/", such as `params/llm/adapted/attn/q/kernel`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aura_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the rows of a batch are split over both
+
+# Logical axis of an array's dimension -> mesh axis that it is split over.
+LOGICAL_TO_MESH = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "mlp": "tensor", None: None}
+
+# Path (searched, first match wins) -> logical axes of the *last* dimensions; earlier ones, such as the axis that a
+# scan stacks blocks on, are not split.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding$", ("vocab", "width")),
+    (r"lm_head/kernel$", ("width", "vocab")),
+    (r"(q|k|v)/kernel$", ("width", "heads")),
+    (r"(q|k|v)/a$", ("width", None)),
+    (r"(q|k|v)/b$", (None, "heads")),
+    (r"(q|k|v)/bias$", ("heads",)),
+    (r"attn/o/kernel$", ("heads", "width")),
+    (r"attn/o/a$", ("heads", None)),
+    (r"attn/o/b$", (None, "width")),
+    (r"mlp/(gate|up|fc1)/kernel$", ("width", "mlp")),
+    (r"mlp/(gate|up)/a$", ("width", None)),
+    (r"mlp/(gate|up)/b$", (None, "mlp")),
+    (r"mlp/fc1/bias$", ("mlp",)),
+    (r"mlp/(down|fc2)/kernel$", ("mlp", "width")),
+    (r"mlp/down/a$", ("mlp", None)),
+    (r"mlp/down/b$", (None, "width")),
+    (r"(conv1|conv2|patch|proj)/kernel$", (None, "width")),
+    (r"heads/kernel$", ("width", None)),
+    (r"(scale|bias|mean|std|positions|gain|text_rms)$", ()),
+)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """Joins a key path of `jax.tree_util` into "a/b/c"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of all devices; one of the axes may be -1, which fills.
+
+    Raises:
+      UserError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    wanted = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"mesh {wanted}: axes are positive, and at most one is -1")
+    if -1 in sizes:
+        known = -int(np.prod(sizes))
+        if len(devices) % known:
+            raise UserError(f"mesh {wanted} does not divide {len(devices)} devices: change mesh.*")
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise UserError(
+            f"mesh {wanted} needs {int(np.prod(sizes))} devices, and there are {len(devices)}: change mesh.*"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Returns how the parameter at `path` is split over the mesh.
+
+    Raises:
+      UserError: if the table has no row for the path, or a mesh axis does not divide the dimension.
+    """
+    for pattern, logical in PARAMETER_AXES:
+        if re.search(pattern, path):
+            break
+    else:
+        raise UserError(f"no row of sharding.PARAMETER_AXES matches {path}: add one")
+    axes: list[str | None] = [None] * len(shape)
+    for dim, name in zip(range(len(shape) - len(logical), len(shape)), logical, strict=True):
+        axis = LOGICAL_TO_MESH[name]
+        if axis is None or mesh.shape[axis] == 1:
+            continue
+        if shape[dim] % mesh.shape[axis]:
+            raise UserError(
+                f"mesh axis {axis}={mesh.shape[axis]} does not divide {path} {tuple(shape)}: change mesh.{axis}"
+            )
+        axes[dim] = axis
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns the NamedSharding of every leaf of a variable tree, by the table."""
+    of = lambda path, leaf: NamedSharding(mesh, parameter_spec(path_string(path), leaf.shape, mesh))
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (axis 0 of every array of a batch) over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns {path: leaf} of a nested dictionary."""
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        *parents, last = path.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def learning_rates(paths: Iterable[str], table: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Returns the learning-rate multiplier of every trained path; a path that no row matches is frozen.
+
+    Raises:
+      UserError: for a row that matches no path.
+    """
+    paths = list(paths)
+    rates: dict[str, float] = {}
+    for pattern, rate in table:
+        matched = [p for p in paths if re.match(pattern, p)]
+        if not matched:
+            raise UserError(f"trainable: {pattern!r} matches no parameter; there are {', '.join(_roots(paths))}")
+        for path in matched:
+            rates.setdefault(path, float(rate))
+    return rates
+
+
+def _roots(paths: Iterable[str]) -> list[str]:
+    return sorted({"/".join(p.split("/")[:2]) for p in paths})
+
+
+def split(variables: dict, trained: Iterable[str]) -> tuple[dict[str, Any], dict]:
+    """Splits a variable tree into {path: trained leaf} and the tree of frozen leaves; `join` is the inverse."""
+    trained = set(trained)
+    flat = flatten(variables)
+    return (
+        {p: x for p, x in flat.items() if p in trained},
+        unflatten({p: x for p, x in flat.items() if p not in trained}),
+    )
+
+
+def join(trained: dict[str, Any], frozen: dict) -> dict:
+    """Returns the whole variable tree."""
+    return unflatten({**flatten(frozen), **trained})

@@ -1,0 +1,193 @@
+"""From a configuration to modules, tokenizer and weights."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import transformers
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from aura_jax import assets, sharding
+from aura_jax.audio.features import frames_per_token
+from aura_jax.convert import hf
+from aura_jax.data.prompts import ChatFormat
+from aura_jax.errors import UserError
+from aura_jax.models.align import layer_map
+from aura_jax.models.embedder import EmbedderConfig
+from aura_jax.models.llm import Context
+from aura_jax.models.lora import LoRAConfig
+from aura_jax.models.speech_llm import SpeechLLM, SpeechLLMConfig
+from aura_jax.models.whisper import WhisperConfig, WhisperEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A configured speech LLM and, if one is named, its teacher: everything but the weights.
+
+    Attributes:
+      llm_dir, teacher_dir: Hugging Face directories of the frozen weights.
+      pairs: (student block, teacher block) that distillation compares.
+      frames_per_token: 50 Hz teacher frames that one audio token covers.
+    """
+
+    config: ConfigDict
+    llm_dir: Path
+    teacher_dir: Path | None
+    model: SpeechLLM
+    teacher: WhisperEncoder | None
+    teacher_config: WhisperConfig | None
+    pairs: tuple[tuple[int, int], ...]
+    frames_per_token: int
+    tokenizer: Any
+    chat: ChatFormat
+
+    @property
+    def n_mels(self) -> int:
+        return self.model.config.embedder.n_mels
+
+
+def build(config: ConfigDict) -> System:
+    """Reads the models' configs and tokenizer and puts the modules together; loads no weights.
+
+    Raises:
+      UserError: for a model that cannot be found, or values that do not fit the models named.
+    """
+    llm_dir = assets.resolve(config.model.llm)
+    llm = hf.load_llm_config(llm_dir)
+    teacher_dir = assets.resolve(config.model.teacher) if config.model.teacher else None
+    whisper = hf.load_whisper_config(teacher_dir) if teacher_dir else None
+
+    lora = LoRAConfig(
+        n_blocks=config.lora.n_blocks,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        rslora=config.lora.rslora,
+        targets=tuple(config.lora.targets),
+        scope=config.lora.scope,
+    )
+    if whisper is None and config.embedder.from_teacher and config.embedder.kind == "stem":
+        raise UserError("embedder.from_teacher needs model.teacher: name a Whisper, or set embedder.from_teacher=False")
+    embedder = EmbedderConfig(
+        kind=config.embedder.kind,
+        n_mels=whisper.n_mels if whisper else 80,
+        width=whisper.width if whisper else llm.width,
+        out_width=llm.width,
+        frames_per_token=frames_per_token(config.embedder.token_rate),
+    )
+    dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    model = SpeechLLM(
+        SpeechLLMConfig(llm, embedder, lora, config.model.mask, config.model.chunk),
+        dtype,
+        param_dtype,
+        config.model.attention,
+        config.model.remat,
+    )
+    pairs = ()
+    if whisper is not None:
+        given = tuple(tuple(pair) for pair in config.distill.pairs)
+        pairs = layer_map(config.distill.layer_map, lora.n_blocks, whisper.encoder_blocks, given)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm_dir)
+    return System(
+        config=config,
+        llm_dir=llm_dir,
+        teacher_dir=teacher_dir,
+        model=model,
+        teacher=WhisperEncoder(whisper, dtype=dtype, param_dtype=param_dtype) if whisper else None,
+        teacher_config=whisper,
+        pairs=pairs,
+        frames_per_token=embedder.frames_per_token,
+        tokenizer=tokenizer,
+        chat=ChatFormat(tokenizer, config.data.chat_template or None, config.data.system or None),
+    )
+
+
+def _init(system: System, key: jax.Array) -> dict:
+    """Draws every variable of the student at random, distillation heads included."""
+    model, c = system.model, system.model.config
+    keys = dict(zip(("params", "lora", "heads"), jax.random.split(key, 3), strict=True))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    ctx = Context(tokens, tokens + 1, tokens + 1, tokens + 1)
+
+    def touch_everything(module: SpeechLLM) -> jax.Array:
+        module.embed_audio(jnp.zeros((1, 1, 2 * c.embedder.frames_per_token, c.embedder.n_mels)), tokens + 1)
+        x = module.embed_text(tokens)
+        return module.logits(module.llm(x, ctx)[0])
+
+    variables = dict(model.init({"params": keys["params"], "lora": keys["lora"]}, method=touch_everything))
+    if system.teacher_config is not None:
+        n = len(system.pairs) if system.config.distill.head == "own" else 1
+        width, out = c.llm.width, system.teacher_config.width
+        variables["heads"] = {
+            "scale": jnp.ones((n, width)),
+            "kernel": jax.random.normal(keys["heads"], (n, width, out)) / width**0.5,
+        }
+    return variables
+
+
+def new_variables(system: System, mesh: Mesh, seed: int) -> dict:
+    """Draws what a run trains: adapters, embedder and heads, on the mesh; without the LLM's own weights.
+
+    A stem of the teacher's shape, if so configured, and the text embeddings' size are filled in by
+    `initial_variables`.
+    """
+    init = lambda key: {k: v for k, v in _without_llm(_init(system, key)).items()}
+    key = jax.random.key(seed)
+    shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
+    # What the result does not hold, the compiler never draws.
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def _without_llm(variables: dict) -> dict:
+    params = {k: v for k, v in variables["params"].items() if k != "llm"}
+    return {**variables, "params": params}
+
+
+def abstract_variables(system: System) -> dict:
+    """Returns shapes and dtypes of the student's variables, LLM included."""
+    return jax.eval_shape(functools.partial(_init, system), jax.random.key(0))
+
+
+def load_llm(system: System, mesh: Mesh) -> dict:
+    """Reads the LLM's weights onto the mesh, every host only its part."""
+    return hf.load_llm(
+        system.llm_dir,
+        system.model.config.llm,
+        n_adapted=system.model.config.lora.n_blocks if system.model.config.lora else 0,
+        dtype=system.model.param_dtype,
+        sharding=_by_table(mesh, "params/llm/"),
+    )
+
+
+def load_teacher(system: System, mesh: Mesh) -> dict:
+    """Reads the teacher's weights onto the mesh."""
+    assert system.teacher is not None and system.teacher_dir is not None
+    return hf.load_whisper_encoder(
+        system.teacher_dir,
+        system.teacher_config,
+        dtype=system.teacher.param_dtype,
+        sharding=_by_table(mesh, "teacher/"),
+    )
+
+
+def _by_table(mesh: Mesh, prefix: str):
+    return lambda path, shape: jax.sharding.NamedSharding(mesh, sharding.parameter_spec(prefix + path, shape, mesh))
+
+
+def initial_variables(system: System, mesh: Mesh) -> dict:
+    """Returns all variables at the start of a run: `params`, `lora`, `heads`, and `teacher` if there is one."""
+    variables = new_variables(system, mesh, system.config.seed)
+    variables["params"]["llm"] = load_llm(system, mesh)
+    embedder = variables["params"]["embedder"]
+    rms = jax.jit(lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))
+    embedder["text_rms"] = rms(variables["params"]["llm"]["embed"]["embedding"])
+    if system.teacher is not None:
+        variables["teacher"] = load_teacher(system, mesh)
+        if system.config.embedder.kind == "stem" and system.config.embedder.from_teacher:
+            stem = {name: variables["teacher"][name] for name in ("conv1", "conv2")}
+            # A copy: the student trains its own.
+            embedder["stem"] = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), stem)
+    return variables

@@ -1,0 +1,1 @@
+"""The objectives at work: state, step, loop."""

@@ -1,0 +1,35 @@
+"""Periodic evaluation on held-out training rows, with transcripts to look at."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from aura_jax.data.manifest import Row
+from aura_jax.evaluate.run import evaluate_set
+from aura_jax.infer.generate import Generator
+from aura_jax.system import System
+
+_SHOWN = 4
+
+
+class Evaluator:
+    """Decodes the same rows at each call; compiles once."""
+
+    def __init__(self, rows: Sequence[Row], workdir: Path):
+        self._rows, self._path = rows, workdir / "validation.jsonl"
+        self._generator: Generator | None = None
+
+    def __call__(self, built: System, variables: dict, step: int) -> dict[str, float] | None:
+        """Returns scores of a student; None if nothing is held out. Transcripts go to `validation.jsonl`."""
+        n = built.config.train.eval_rows
+        rows = self._rows[:: max(1, len(self._rows) // n)][:n]
+        if not rows:
+            return None
+        if self._generator is None:
+            self._generator = Generator(built, variables)
+        self._generator.variables = variables
+        result = evaluate_set(self._generator, rows, name=f"validation at step {step}")
+        shown = [{"reference": o.reference, "hypothesis": o.hypothesis} for o in result.outputs[:_SHOWN]]
+        with self._path.open("a") as out:
+            out.write(json.dumps({"step": step, "n": len(rows), "samples": shown}) + "\n")
+        return {name: result.scores[name]["value"] for name in ("wer", "exact_match")}

@@ -1,0 +1,187 @@
+"""From a configuration to batches: which rows train, which are held out, and the batches of each stage."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from aura_jax import sharding
+from aura_jax.audio.features import SAMPLE_RATE
+from aura_jax.data.batch import Batch
+from aura_jax.data.manifest import Row, clip_samples, load_manifest
+from aura_jax.data.pipeline import make_dataset
+from aura_jax.data.plan import BatchPlan
+from aura_jax.data.sources import Source, make_source
+from aura_jax.data.text_pool import TextPool, load_documents
+from aura_jax.errors import UserError
+from aura_jax.system import System
+from aura_jax.train import objectives
+from aura_jax.train.teacher import Clip, TeacherStore, precompute, teacher_states
+
+_DEFAULT_BUCKETS = (2.0, 4.0, 8.0, 16.0, 30.0)  # seconds
+_TEXT_EDGES = (16, 32, 64, 128, 256)  # tokens of suffix and response
+
+
+class Inputs:
+    """The data of one run.
+
+    Attributes:
+      validation_rows: rows of the training manifests that are held out by `data.validation_values`.
+      remarks: lines worth telling: what was left out, and why.
+    """
+
+    def __init__(self, built: System, workdir: Path):
+        self._built, self._workdir = built, workdir
+        c = built.config.data
+        self.validation_rows: list[Row] = []
+        self.remarks: list[str] = []
+        self._host = (jax.process_index(), jax.process_count())
+        if not c.train:
+            raise UserError("data.train is empty: give (manifest, passes per epoch) pairs")
+        self._sources, self._weights = [], []
+        for manifest, weight in c.train:
+            self._sources.append(self._source(manifest))
+            self._weights.append(weight)
+        if c.validation_values and not self.validation_rows:
+            raise UserError(f"data.validation_values: no training row has {c.validation_key} {c.validation_values}")
+        self._text_pool: TextPool | None = None
+        if c.text_pool:
+            documents = load_documents(c.text_pool, built.chat)
+            self._text_pool = TextPool(documents, n_rows=c.text_rows, n_tokens=c.text_length, seed=built.config.seed)
+        self._store: TeacherStore | None = None
+        self._plans: dict[bool, tuple[list[Source], BatchPlan]] = {}
+
+    def _source(self, manifest: str) -> Source:
+        """Reads a manifest and takes out the rows that are held out or of unwanted length."""
+        c = self._built.config.data
+        held_out, rows = [], []
+        for row in load_manifest(manifest):
+            out = c.validation_values and row.extra.get(c.validation_key) in c.validation_values
+            (held_out if out else rows).append(row)
+        self.validation_rows += held_out
+        seconds = [n / SAMPLE_RATE for n in clip_samples(rows, cache=self._workdir / "seconds.jsonl")]
+        kept = [
+            row
+            for row, s in zip(rows, seconds, strict=True)
+            if row.audio is None or c.min_seconds <= s <= c.max_seconds
+        ]
+        if len(kept) < len(rows):
+            self.remarks.append(
+                f"{manifest}: {len(rows) - len(kept)} of {len(rows)} clips are outside "
+                f"data.min_seconds {c.min_seconds:g} to data.max_seconds {c.max_seconds:g}, and left out"
+            )
+        if not kept:
+            raise UserError(f"{manifest}: no row is left after data.validation_values and data.max_seconds")
+        return make_source(kept, self._built.chat, prompt=c.prompt, seconds_cache=self._workdir / "seconds.jsonl")
+
+    def _planned(self, audio_only: bool) -> tuple[list[Source], BatchPlan]:
+        """The sources and the plan; `audio_only`: rows end with the audio span, for objectives that read no further."""
+        if audio_only not in self._plans:
+            c = self._built.config.data
+            sources = [_audio_only(s) if audio_only else s for s in self._sources]
+            packed = dict(pack_tokens=c.row_tokens, pack_clips=c.row_clips) if c.layout == "packed" else {}
+            text_edges = dict(text_edges=_TEXT_EDGES) if c.layout == "slot" and not audio_only else {}
+            plan = BatchPlan(
+                [s.lengths for s in sources],
+                batch_size=c.batch_size,
+                bucket_seconds=c.buckets or tuple(b for b in _DEFAULT_BUCKETS if b < c.max_seconds) + (c.max_seconds,),
+                token_rate=self._built.config.embedder.token_rate,
+                seed=self._built.config.seed,
+                weights=self._weights,
+                speeds=tuple(c.speeds),
+                layout=c.layout,
+                **packed,
+                **text_edges,
+            )
+            self._plans[audio_only] = (sources, plan)
+        return self._plans[audio_only]
+
+    def batches(self, active: frozenset[str], start: int, count: int | None = None) -> Iterator[Batch]:
+        """Yields this host's part of batches `start`, start + 1, ... of a stage with these objectives."""
+        c = self._built.config.data
+        sources, plan = self._planned(audio_only="lm" not in active)
+        store = self._store.view([row for s in sources for row in s.rows]) if self._store else None
+        dataset = make_dataset(
+            sources,
+            plan,
+            position=start,
+            host=self._host,
+            teacher_store=store if "distill" in active else None,
+            text_pool=self._text_pool if active & objectives.TEXT else None,
+            quarantine=self._workdir / "quarantine.jsonl",
+            n_threads=c.threads,
+            n_workers=c.workers,
+        )
+        with dataset:
+            for position, batch in dataset:
+                if count is not None and position >= start + count:
+                    return
+                yield batch
+
+    def row_names(self, active: frozenset[str], index: int) -> list[str]:
+        """Returns where the rows of batch `index` stand in their manifests."""
+        _, plan = self._planned(audio_only="lm" not in active)
+        return [plan.row_name(pick.row) for picks in plan.batch(index).examples for pick in picks]
+
+    def to_mesh(self, batch: Batch, mesh: Mesh) -> Batch:
+        """Returns the global batch whose rows on this host are `batch`."""
+        rows = sharding.batch_sharding(mesh)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+    def precompute_teacher(self, weights: dict, fingerprint: str) -> None:
+        """Runs the teacher over every clip at every speed, once: later runs find the states in the cache."""
+        if jax.process_count() > 1:
+            raise UserError("teacher.precompute is for one host: set teacher.precompute=False")
+        clips = [
+            Clip(str(row.audio), int(n))
+            for source in self._sources
+            for row, n in zip(source.rows, source.lengths.n_samples_N, strict=True)
+            if row.audio is not None
+        ]
+        _, plan = self._planned(audio_only=True)
+        edges = sorted({shape.n_samples for shape in plan.shapes})
+        self._store = precompute(self._built, weights, clips, tuple(self._built.config.data.speeds), edges, fingerprint)
+
+    def teacher_samples(self, weights: dict, mesh: Mesh, n_batches: int = 16) -> np.ndarray:
+        """Returns teacher states [n, P, E] of many tokens: of the store, or else of the first batches of the plan."""
+        if self._store is not None:
+            return self._store.sample()
+        states = jax.jit(lambda w, x, n: teacher_states(self._built, w, x, n))
+        out = []
+        bar = tqdm(self.batches(frozenset({"distill"}), 0, n_batches), total=n_batches, desc="target statistics")
+        for batch in bar:
+            whole = self.to_mesh(batch, mesh)
+            B, K, S = whole.waveform_BxKxS.shape
+            h = states(weights, whole.waveform_BxKxS.reshape(B * K, S), whole.n_samples_BxK.reshape(-1))
+            mask = objectives.audio_mask(self._built, whole).reshape(B * K, -1)
+            h, mask = (np.asarray(jax.device_get(x)) for x in (h, mask))
+            out.append(np.moveaxis(h, 1, 2)[mask > 0])
+        return np.concatenate(out)
+
+
+def _audio_only(source: Source) -> Source:
+    """The speech rows of a source, without what follows the audio."""
+    speech = [i for i, row in enumerate(source.rows) if row.audio is not None]
+    if not speech:
+        raise UserError(f"{source.rows[0].where}: distilling needs speech, and this source is text only")
+    take = lambda items: [items[i] for i in speech]
+    lengths = source.lengths._replace(
+        names_N=take(source.lengths.names_N),
+        n_samples_N=source.lengths.n_samples_N[speech],
+        n_prefix_N=source.lengths.n_prefix_N[speech],
+        n_suffix_N=np.zeros(len(speech), np.int64),
+        n_response_N=np.zeros(len(speech), np.int64),
+    )
+    nothing = [()] * len(speech)
+    return dataclasses.replace(
+        source,
+        rows=take(source.rows),
+        prefix_ids=take(source.prefix_ids),
+        suffix_ids=nothing,
+        response_ids=nothing,
+        lengths=lengths,
+    )

@@ -1,0 +1,86 @@
+"""What a run tells: a live progress line, metrics.jsonl, TensorBoard. On the first host only."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Log:
+    """Writes to a workdir; on hosts other than the first, every method does nothing."""
+
+    def __init__(self, workdir: Path, first_step: int, last_step: int):
+        self._on = jax.process_index() == 0
+        if not self._on:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._path = workdir / "metrics.jsonl"
+        _drop_after(self._path, first_step)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
+        self._bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            # A file or a pipe gets a line now and then instead of a moving one.
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+            file=sys.stderr,
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            colour=None if os.environ.get("NO_COLOR") else "green",
+        )
+
+    def stage(self, name: str) -> None:
+        if self._on:
+            self._bar.set_description_str(name, refresh=False)
+
+    def progress(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Moves the bar; shows the loss, its parts and the rates."""
+        if not self._on:
+            return
+        shown = {k.removeprefix("loss/"): f"{v:.3f}" for k, v in metrics.items() if _shown(k)}
+        shown["audio"] = f"{metrics['audio_seconds_per_second']:.0f}x"
+        shown["tok/s"] = f"{metrics['tokens_per_second']:.0f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one object to metrics.jsonl, and its numbers to TensorBoard."""
+        if not self._on:
+            return
+        with self._path.open("a") as out:
+            out.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._on:
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._on:
+            self._bar.close()
+            self._tensorboard.close()
+
+
+def _shown(name: str) -> bool:
+    return name == "loss" or (name.startswith("loss/") and name.count("/") == 1)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Drops lines of steps that will be taken again: those after the checkpoint that a run resumes from."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)

@@ -1,0 +1,189 @@
+"""The teacher's states at the student's token rate: inside the step, or computed once and kept on disk.
+
+Dimensions: N clips, S samples, F frames (50 Hz), A audio tokens, P pairs of blocks, E width of the teacher.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from aura_jax import assets
+from aura_jax.audio import augment, features
+from aura_jax.audio.io import AudioError, load_audio
+from aura_jax.data.manifest import Row
+from aura_jax.models.align import pool_frames
+from aura_jax.system import System
+
+WINDOW_SAMPLES = 30 * features.SAMPLE_RATE
+
+
+def teacher_states(system: System, teacher: dict, waveform_NxS: jax.Array, n_samples_N: jax.Array) -> jax.Array:
+    """Returns the outputs of the paired teacher blocks, pooled to audio tokens, float32 [N, P, A, E].
+
+    With `teacher.window` "30s" the teacher hears each clip padded to 30 s with silence, as Whisper was trained;
+    "unpadded", it hears the clip alone, whatever the batch is padded to. Tokens after a clip's end are 0.
+    """
+    assert system.teacher is not None and system.teacher_config is not None
+    n_samples = waveform_NxS.shape[1]
+    n_tokens = features.n_audio_tokens(n_samples, 50 / system.frames_per_token)
+    n_frames_N = features.n_encoder_frames(n_samples_N)
+    pool = lambda h_NxFxE: pool_frames(
+        h_NxFxE[:, : -(-n_samples // (2 * features.HOP))], n_frames_N, system.frames_per_token
+    )
+    encoder = system.teacher.clone(tap=pool)
+    if system.config.teacher.window == "30s":
+        waveform_NxS = jnp.pad(waveform_NxS, ((0, 0), (0, WINDOW_SAMPLES - n_samples)))
+        mel_NxFxM = features.log_mel(waveform_NxS, system.n_mels, reflect_end=True)
+        _, taps_LxNxAxE = encoder.apply({"params": teacher}, mel_NxFxM)
+    else:
+        mel_NxFxM = features.log_mel(waveform_NxS, system.n_mels, n_samples_B=n_samples_N)
+        _, taps_LxNxAxE = encoder.apply({"params": teacher}, mel_NxFxM, features.n_frames(n_samples_N))
+    blocks = [block for _, block in system.pairs]
+    return jnp.moveaxis(taps_LxNxAxE[jnp.asarray(blocks)], 0, 1)[:, :, :n_tokens]
+
+
+class Clip(NamedTuple):
+    """A file, and its samples at speed 1."""
+
+    path: str
+    n_samples: int
+
+
+class TeacherStore:
+    """Pooled teacher states of clips at several speeds, float16, in one memory-mapped file.
+
+    Read through a `view`, which says which clip a row of the plan is.
+    """
+
+    def __init__(self, directory: Path):
+        self._states_NxPxE = np.load(directory / "states.npy", mmap_mode="r")
+        self._places = {
+            (path, speed): (start, n) for path, speed, start, n in json.loads((directory / "places.json").read_text())
+        }
+
+    def view(self, rows: Sequence[Row]) -> "_View":
+        return _View(self, [row.audio for row in rows])
+
+    def states(self, path: str, speed: float) -> np.ndarray:
+        """Returns [P, A, E] of a clip; raises KeyError if it could not be read when the store was made."""
+        start, n = self._places[path, speed]
+        return np.moveaxis(self._states_NxPxE[start : start + n], 0, 1)
+
+    def sample(self, n: int = 20_000) -> np.ndarray:
+        """Returns float32 [n, P, E]: the states of n tokens spread evenly over all clips."""
+        step = max(1, len(self._states_NxPxE) // n)
+        return np.asarray(self._states_NxPxE[::step], np.float32)
+
+
+class _View:
+    def __init__(self, store: TeacherStore, paths: Sequence[str | None]):
+        self._store, self._paths = store, paths
+
+    def read(self, clip_key: int, speed: float) -> np.ndarray:
+        path = self._paths[clip_key]
+        assert path is not None
+        return self._store.states(str(path), speed)
+
+
+def precompute(
+    system: System,
+    weights: dict,
+    clips: Sequence[Clip],
+    speeds: Sequence[float],
+    sample_edges: Sequence[int],
+    fingerprint: str,
+) -> TeacherStore:
+    """Runs the teacher over every clip at every speed, unless the cache holds the result already.
+
+    Args:
+      sample_edges: bucket sizes in samples: one compilation each.
+      fingerprint: of the teacher's weights.
+    """
+    what = [fingerprint, system.config.teacher.window, system.pairs, system.frames_per_token, list(speeds)]
+    what += [[clip.path, clip.n_samples, _stamp(clip.path)] for clip in clips]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    directory = assets.cache_dir() / "teacher-states" / digest
+    if not directory.is_dir():
+        _run_teacher(system, weights, clips, speeds, sample_edges, directory)
+    return TeacherStore(directory)
+
+
+def _stamp(path: str) -> list[int]:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return []  # the pipeline will quarantine it
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) -> None:
+    jobs = sorted(
+        ((int(augment.speed_samples(clip.n_samples, speed)), clip, speed) for clip in clips for speed in speeds),
+        key=lambda job: job[0],
+    )
+    n_rows = 16
+    groups = [
+        (edge, part[i : i + n_rows])
+        for edge, low in zip(sample_edges, [0, *sample_edges], strict=False)
+        for part in [[job for job in jobs if low < job[0] <= edge]]
+        for i in range(0, len(part), n_rows)
+    ]
+    states = jax.jit(lambda w, x, n: jnp.moveaxis(teacher_states(system, w, x, n), 1, 2).astype(jnp.float16))
+
+    def read(group: tuple[int, list]) -> tuple[np.ndarray, list[int]]:
+        edge, part = group
+        waveform_NxS, counts = np.zeros((n_rows, edge), np.float32), [0] * n_rows
+        for i, (_, clip, speed) in enumerate(part):
+            try:
+                waveform_S = load_audio(clip.path)[: clip.n_samples]
+            except AudioError:
+                continue  # the pipeline will quarantine it
+            waveform_S = waveform_S if speed == 1.0 else augment.change_speed(waveform_S, speed)
+            waveform_NxS[i, : len(waveform_S)], counts[i] = waveform_S, len(waveform_S)
+        return waveform_NxS, counts
+
+    pieces, places, start = [], [], 0
+    with ThreadPoolExecutor(2) as pool, tqdm(total=len(jobs), desc="teacher", unit="clip") as bar:
+        for group, (waveform_NxS, counts) in zip(groups, pool.map(read, groups), strict=True):
+            out_NxAxPxE = np.asarray(states(weights, waveform_NxS, np.array(counts, np.int32)))
+            for (_, clip, speed), count, clip_AxPxE in zip(group[1], counts, out_NxAxPxE, strict=False):
+                if count:
+                    n = int(features.n_audio_tokens(count, 50 / system.frames_per_token))
+                    pieces.append(clip_AxPxE[:n])
+                    places.append((clip.path, speed, start, n))
+                    start += n
+            bar.update(len(group[1]))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as partial:
+        np.save(Path(partial) / "states.npy", np.concatenate(pieces))
+        (Path(partial) / "places.json").write_text(json.dumps(places))
+        finished = Path(partial) / "finished"
+        finished.mkdir()
+        for name in ("states.npy", "places.json"):
+            os.replace(Path(partial) / name, finished / name)
+        if not directory.is_dir():
+            os.replace(finished, directory)
+
+
+def statistics(states_nxPxE: np.ndarray | None, path: Path) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Returns mean and std [P, E] per channel, and the cosine that predicting the mean scores for each pair.
+
+    They are written to `path`, and read from there when a run resumes: then `states_nxPxE` is None.
+    """
+    if states_nxPxE is not None:
+        mean_PxE, std_PxE = states_nxPxE.mean(0), states_nxPxE.std(0) + 1e-3
+        norms = np.linalg.norm(states_nxPxE, axis=-1) * np.linalg.norm(mean_PxE, axis=-1)
+        baseline_P = (np.einsum("npe,pe->np", states_nxPxE, mean_PxE) / norms).mean(0)
+        np.savez(path, mean=mean_PxE, std=std_PxE, baseline=baseline_P)
+    with np.load(path) as values:
+        return {"mean": values["mean"], "std": values["std"]}, values["baseline"].tolist()

@@ -1,0 +1,39 @@
+"""The smallest real run: Whisper tiny.en taught into SmolLM2-135M on spoken commands, on two CPU cores."""
+
+from aura_jax.config import default, stage
+
+# ChatML without the default system turn: three tokens before the audio instead of two dozen.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def get_config():
+    c = default()
+    c.model.llm = "smollm2-135m-instruct-q4_1-wheel"
+    c.model.teacher = "whisper-tiny.en-wheel"
+    c.lora.update(n_blocks=12, rank=64, alpha=64.0, scope="request")
+    c.teacher.precompute = True
+
+    c.data.train = (("sample_data/commands/train.jsonl", 1.0), ("sample_data/recordings/train.jsonl", 1.0))
+    c.data.validation_values = ("am_liam", "bf_alice")
+    c.data.max_seconds = 3.45  # 3.8 s at the slowest speed
+    c.data.buckets = (1.6, 2.0, 2.4, 2.88, 3.84)
+    c.data.batch_size = 8
+    c.data.speeds = (0.9, 1.0, 1.1)
+    c.data.chat_template = CHATML
+    c.data.augment.update(gain_db=(-6.0, 6.0), freq_masks=2, freq_width=10)
+
+    c.train.schedule = ("distil", "joint")
+    c.train.stages.distil = stage(700, 1e-3, {"distill": 1.0}, clip_norm=5.0)
+    c.train.stages.joint = stage(500, 1e-3, {"lm": 1.0, "distill": 1.0})
+    c.train.update(log_every=10, checkpoint_every=200)
+
+    c.eval.sets = {
+        "new voices": "sample_data/commands/test_new_voices.jsonl",
+        "new sentences": "sample_data/commands/test_new_sentences.jsonl",
+        "new voices and sentences": "sample_data/commands/test_new_voices_and_sentences.jsonl",
+        "recordings": "sample_data/recordings/test.jsonl",
+    }
+    return c

@@ -1,0 +1,73 @@
+"""Fixtures for every room: tiny random models as Hugging Face directories, and the sample data."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from aura_jax import checkpoint, config, system
+from aura_jax.convert import random_models
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """The folder `sample_data/`."""
+    return Path(__file__).parents[1] / "sample_data"
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_dir(tmp_path_factory) -> Path:
+    """A random Llama: 4 blocks, width 64, ChatML template."""
+    path = tmp_path_factory.mktemp("tiny") / "llama"
+    path.mkdir()
+    random_models.build_llama(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper_dir(tmp_path_factory) -> Path:
+    """A random English-only Whisper: 2 + 2 blocks, width 32, 80 mel bins, the 30 s window."""
+    path = tmp_path_factory.mktemp("tiny") / "whisper"
+    path.mkdir()
+    random_models.build_whisper(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_multilingual_whisper_dir(tmp_path_factory) -> Path:
+    """As `tiny_whisper_dir`, with language and task tokens."""
+    path = tmp_path_factory.mktemp("tiny") / "whisper-multilingual"
+    path.mkdir()
+    random_models.build_whisper(path, seed=1, multilingual=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_llm_dir, tiny_whisper_dir) -> Callable[[], ConfigDict]:
+    """Makes configs of a run on the random models; each call returns a fresh one."""
+
+    def make() -> ConfigDict:
+        c = config.default()
+        c.model.llm, c.model.teacher = str(tiny_llm_dir), str(tiny_whisper_dir)
+        c.lora.n_blocks, c.lora.rank, c.lora.alpha = 2, 8, 8.0
+        c.data.buckets = (1.0, 2.0)
+        c.eval.batch_size, c.eval.max_new_tokens = 4, 8
+        return c
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_variables() -> Callable[[system.System], dict]:
+    """Returns a function that loads a system's variables, with adapters that do something (B is not zero)."""
+
+    def load(built: system.System, seed: int = 0, size: float = 0.3) -> dict:
+        variables = system.initial_variables(built, checkpoint.system_mesh(built.config))
+        leaves, tree = jax.tree.flatten(variables["lora"])
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        noise = [size * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return {"params": variables["params"], "lora": jax.tree.unflatten(tree, noise)}
+
+    return load

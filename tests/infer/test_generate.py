@@ -1,0 +1,203 @@
+"""Greedy decoding against a loop without a cache, one request at a time and without padding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aura_jax import system as system_lib
+from aura_jax.audio import features
+from aura_jax.data.prompts import ChatFormat
+from aura_jax.errors import UserError
+from aura_jax.infer.generate import Generator, Request
+from aura_jax.models.speech_llm import Columns, text_context
+
+HISTORY = ({"role": "user", "content": "Open the window."}, {"role": "assistant", "content": "Which one?"})
+
+
+def clip(seconds: float, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(round(seconds * 16000)) * 0.1).astype(np.float32)
+
+
+def assert_greedy(system, variables, request: Request, answer: list[int], adapters: bool) -> None:
+    """Asserts that each token is the likeliest after those before it, in one pass with neither cache nor padding."""
+    visible = {"params": variables["params"]} | ({"lora": variables["lora"]} if adapters else {})
+    prefix, suffix = system.chat.encode(request.prompt, request.waveform is not None, request.history)
+    n_samples = 0 if request.waveform is None else len(request.waveform)
+    n_audio = int(features.n_audio_tokens(n_samples, system.config.embedder.token_rate))
+    tokens = [*prefix, *[0] * n_audio, *suffix, *answer]
+    n = len(tokens)
+    row = lambda x: jnp.asarray(x, jnp.int32)[None]
+
+    @jax.jit
+    def best_tokens(visible) -> jax.Array:
+        if n_samples:
+            start, span = len(prefix), slice(len(prefix), len(prefix) + n_audio)
+            source, span_start, span_end = np.full(n, -1), np.arange(n), np.arange(n) + 1
+            source[span], span_start[span], span_end[span] = np.arange(n_audio), start, start + n_audio
+            columns = Columns(
+                tokens_BxT=row(tokens),
+                position_BxT=row(np.arange(n)),
+                segment_BxT=row(np.ones(n)),
+                span_start_BxT=row(span_start),
+                span_end_BxT=row(span_end),
+                audio_source_BxT=row(source),
+                audio_position_BxKxA=jnp.zeros((1, 1, n_audio), jnp.int32),
+                request_audio_BxT=jnp.ones((1, n), bool),
+            )
+            padded = jnp.pad(request.waveform, (0, -n_samples % features.HOP))[None]
+            mel = features.log_mel(
+                padded, n_samples_B=jnp.array([n_samples]), normalisation=system.config.model.normalisation
+            )
+            h, _ = system.model.apply(visible, columns, mel[:, None], jnp.array([[mel.shape[1]]]))
+        else:
+            x = system.model.apply(visible, row(tokens), method="embed_text")
+            ctx = text_context(row(np.arange(n)), row(np.ones(n)))
+            x, _, _ = system.model.apply(visible, x, ctx, method="adapted_blocks")
+            h, _ = system.model.apply(visible, x, ctx, method="plain_blocks")
+        return jnp.argmax(system.model.apply(visible, h[0], method="logits"), axis=-1)
+
+    first = len(prefix) + n_audio + len(suffix) - 1
+    assert best_tokens(visible)[first : n - 1].tolist() == answer
+
+
+SPEECH = [
+    Request(clip(0.61, 1)),
+    Request(clip(1.37, 2), prompt="Answer the question."),
+    Request(clip(0.9, 3), history=HISTORY),
+    Request(clip(2.45, 4)),  # beyond the last bucket
+]
+TEXT = [Request(prompt="Turn on the lights."), Request(prompt="Why?", history=HISTORY)]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_config, random_variables):
+    system = system_lib.build(tiny_config())
+    return system, random_variables(system)
+
+
+@pytest.fixture(scope="module")
+def generator(loaded) -> Generator:
+    """Shared by the fast tests, and their batches have few shapes: nearly all of their time is compilation."""
+    return Generator(*loaded)
+
+
+def test_equals_decoding_without_cache_or_padding(loaded, generator):
+    requests = [SPEECH[0], TEXT[0], SPEECH[1], SPEECH[2], SPEECH[3], TEXT[1]]
+    done = []
+    replies = generator.generate(requests, progress=done.append)
+    assert sorted(done) == [2, 4]
+    for i, (request, reply) in enumerate(zip(requests, replies, strict=True)):
+        assert len(reply.tokens) == 8 or reply.ended
+        assert reply.text == loaded[0].tokenizer.decode(reply.tokens, skip_special_tokens=True).strip()
+        assert reply.seconds > 0
+        if i in (1, 3, 4):  # each costs a compilation
+            assert_greedy(*loaded, request, list(reply.tokens), adapters=request.waveform is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scope", "mask", "normalisation"),
+    [("request", "bidirectional", "whisper"), ("audio", "causal", "streaming"), ("all", "block", "whisper")],
+)
+def test_every_scope_mask_and_normalisation(tiny_config, random_variables, scope, mask, normalisation):
+    config, requests = tiny_config(), [*SPEECH, TEXT[0]]
+    config.lora.scope, config.model.mask, config.model.chunk = scope, mask, 4
+    config.model.normalisation = normalisation
+    system = system_lib.build(config)
+    variables = random_variables(system)
+    for request, reply in zip(requests, Generator(system, variables).generate(requests), strict=True):
+        adapters = request.waveform is not None or scope == "all"
+        assert_greedy(system, variables, request, list(reply.tokens), adapters)
+
+
+def test_neighbours_order_and_batch_size_do_not_matter(loaded, generator):
+    together = generator.generate(SPEECH)
+    alone = Generator(*loaded, batch_size=1).generate(SPEECH[2:0:-1])
+    assert [r.tokens for r in alone] == [r.tokens for r in together[2:0:-1]]
+
+
+def test_text_never_meets_the_adapters(loaded, generator):
+    system, variables = loaded
+    before = generator.generate(TEXT)
+    # Were they merely multiplied by 0, NaN would show.
+    generator.variables = {
+        "params": variables["params"],
+        "lora": jax.tree.map(lambda x: x * jnp.nan, variables["lora"]),
+    }
+    after = generator.generate(TEXT)
+    generator.variables = variables
+    assert [r.tokens for r in before] == [r.tokens for r in after]
+    merged = Generator(system, variables, adapters_on_text=True).generate(TEXT)
+    assert [r.tokens for r in merged] != [r.tokens for r in before]
+    assert_greedy(system, variables, TEXT[0], list(merged[0].tokens), adapters=True)
+
+
+def test_a_transcript_takes_the_audio_s_place(generator):
+    oracle, same = generator.generate(
+        [Request(prompt="Reply.", transcript="Open the window."), Request(prompt="Open the window.\nReply.")]
+    )
+    assert oracle.tokens == same.tokens
+
+
+def test_an_answer_stops_at_a_stop_id(loaded):
+    system, variables = loaded
+    chat = ChatFormat(system.tokenizer)
+    generator = Generator(dataclasses.replace(system, chat=chat), variables)
+    free = generator.generate(SPEECH)
+    chat.stop_ids = (free[1].tokens[3],)  # a word of one of the answers: it ends there, and its neighbours go on
+    cut = generator.generate(SPEECH)
+    n = free[1].tokens.index(chat.stop_ids[0])
+    assert cut[1].ended and cut[1].tokens == free[1].tokens[:n]
+    for one, other in zip(free, cut, strict=True):
+        assert other.tokens == one.tokens[: len(other.tokens)]
+        assert other.ended or len(other.tokens) == 8
+
+
+def test_few_compilations_and_none_for_new_variables(loaded, random_variables):
+    generator = Generator(*loaded)
+    requests = [Request(clip(0.3 + 0.08 * i, i)) for i in range(8)]
+    first = generator.generate(requests)
+    generator.variables = random_variables(loaded[0], seed=1)
+    second = generator.generate(requests)
+    assert [r.tokens for r in first] != [r.tokens for r in second]
+    assert len(generator.shapes) == 1
+
+
+def test_the_cache_is_donated(loaded, generator):
+    _, variables = loaded
+    inputs = generator._inputs([generator._prompt(i, request) for i, request in enumerate(SPEECH)], 4)
+    cache, token = generator._prefill(variables, inputs, lora="everywhere", n_new=8)
+    n_rows, n_columns = inputs.columns.tokens_BxT.shape
+    segment, n_real = np.ones((n_rows, n_columns + 8), np.int32), np.ones(n_rows, np.int32)
+    stop_ids = np.array(generator.system.chat.stop_ids, np.int32)
+    generator._decode(variables, token, n_real, segment, stop_ids, cache=cache, lora="everywhere", n_new=8)
+    assert cache.k_LxBxSxGxK.is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("request_", "match"),
+    [
+        (Request(), "needs audio or a prompt"),
+        (Request(np.zeros((2, 800), np.float32)), "mono"),
+        (Request(np.zeros(0, np.float32)), "at least one sample"),
+        (Request(clip(0.5), transcript="Hello"), "drop one"),
+    ],
+)
+def test_bad_requests_say_why(generator, request_, match):
+    with pytest.raises(UserError, match=match):
+        generator.generate([request_])
+
+
+def test_silence_and_a_single_sample_are_answered(generator):
+    silence, sample = Request(np.zeros(16000, np.float32)), Request(np.zeros(1, np.float32))
+    assert len(generator.generate([silence, sample, SPEECH[1], SPEECH[3]])) == 4
+
+
+def test_plora_has_no_text_with_adapters(tiny_config):
+    config = tiny_config()
+    config.lora.scope = "audio"
+    with pytest.raises(UserError, match="scope 'audio'"):
+        Generator(system_lib.build(config), {}, adapters_on_text=True)
