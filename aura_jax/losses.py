@@ -16,6 +16,12 @@ DISTILL_LOSSES = ("cosine", "mse", "nmse", "smooth_l1")
 SumCount = tuple[jax.Array, jax.Array]
 
 
+def _hide(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Puts ones where `mask` [...] is 0 in `x` [..., E], before any nonlinearity: padding may hold anything, and the
+    gradient of a NaN that is left out afterwards is still NaN (NaN * 0)."""
+    return jnp.where(mask[..., None] > 0, x, 1)
+
+
 def _masked(value: jax.Array, mask: jax.Array) -> SumCount:
     # Select rather than multiply: a padded position may hold anything, NaN included.
     return jnp.where(mask > 0, value * mask, 0).sum(), mask.astype(jnp.float32).sum()
@@ -29,10 +35,7 @@ def distill(student: jax.Array, target: jax.Array, mask: jax.Array, kind: str) -
       mask: [...], 1 where a token counts.
       kind: "cosine" (1 - cosine), "mse", "nmse" (squared error over the target's squared norm), "smooth_l1".
     """
-    student, target = student.astype(jnp.float32), target.astype(jnp.float32)
-    # Padded positions are replaced before the nonlinearities: their gradients could be NaN, and NaN * 0 is NaN.
-    student = jnp.where(mask[..., None] > 0, student, 1.0)
-    target = jnp.where(mask[..., None] > 0, target, 1.0)
+    student, target = _hide(student.astype(jnp.float32), mask), _hide(target.astype(jnp.float32), mask)
     error = student - target
     if kind == "cosine":
         norms = jnp.sum(student**2, -1) * jnp.sum(target**2, -1)
@@ -51,7 +54,7 @@ def distill(student: jax.Array, target: jax.Array, mask: jax.Array, kind: str) -
 
 def relative_l2(h: jax.Array, base: jax.Array, mask: jax.Array) -> SumCount:
     """Returns the sum over tokens of |h - base|^2 / |base|^2, for h and base [..., D], and the number of tokens."""
-    h, base = h.astype(jnp.float32), base.astype(jnp.float32)
+    h, base = _hide(h.astype(jnp.float32), mask), _hide(base.astype(jnp.float32), mask)
     return _masked(jnp.sum((h - base) ** 2, -1) / (jnp.sum(base**2, -1) + 1e-6), mask)
 
 
@@ -89,7 +92,7 @@ def cross_entropy(
     """
 
     def chunk_sum(h_BxrxD: jax.Array, id_Bxr: jax.Array, weight_Bxr: jax.Array) -> jax.Array:
-        log_probs_BxrxV = jax.nn.log_softmax(logits(h_BxrxD))
+        log_probs_BxrxV = jax.nn.log_softmax(logits(_hide(h_BxrxD, weight_Bxr)))
         nll_Bxr = -jnp.take_along_axis(log_probs_BxrxV, id_Bxr[..., None], axis=-1)[..., 0]
         return jnp.where(weight_Bxr > 0, nll_Bxr * weight_Bxr, 0).sum()
 
@@ -112,8 +115,8 @@ def kl_divergence(
     teacher_BxRxD = jax.lax.stop_gradient(teacher_BxRxD)
 
     def chunk_sum(teacher_BxrxD: jax.Array, student_BxrxD: jax.Array, weight_Bxr: jax.Array) -> jax.Array:
-        p_BxrxV = jax.nn.log_softmax(logits(teacher_BxrxD) / temperature)
-        q_BxrxV = jax.nn.log_softmax(logits(student_BxrxD) / temperature)
+        p_BxrxV = jax.nn.log_softmax(logits(_hide(teacher_BxrxD, weight_Bxr)) / temperature)
+        q_BxrxV = jax.nn.log_softmax(logits(_hide(student_BxrxD, weight_Bxr)) / temperature)
         kl_Bxr = jnp.sum(jnp.exp(p_BxrxV) * (p_BxrxV - q_BxrxV), -1) * temperature**2
         return jnp.where(weight_Bxr > 0, kl_Bxr * weight_Bxr, 0).sum()
 

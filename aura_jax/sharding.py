@@ -49,7 +49,7 @@ def path_string(path: Sequence[Any]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of all devices; one of the axes may be -1, which fills.
 
     Raises:
@@ -78,10 +78,8 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     Raises:
       UserError: if the table has no row for the path, or a mesh axis does not divide the dimension.
     """
-    for pattern, logical in PARAMETER_AXES:
-        if re.search(pattern, path):
-            break
-    else:
+    logical = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)), None)
+    if logical is None:
         raise UserError(f"no row of sharding.PARAMETER_AXES matches {path}: add one")
     axes: list[str | None] = [None] * len(shape)
     for dim, name in zip(range(len(shape) - len(logical), len(shape)), logical, strict=True):

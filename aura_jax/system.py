@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import transformers
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from aura_jax import assets, sharding
 from aura_jax.audio.features import frames_per_token
+from aura_jax.config import Config
 from aura_jax.convert import hf
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
@@ -34,7 +34,7 @@ class System:
       frames_per_token: 50 Hz teacher frames that one audio token covers.
     """
 
-    config: ConfigDict
+    config: Config
     llm_dir: Path
     teacher_dir: Path | None
     model: SpeechLLM
@@ -50,7 +50,7 @@ class System:
         return self.model.config.embedder.n_mels
 
 
-def build(config: ConfigDict) -> System:
+def build(config: Config) -> System:
     """Reads the models' configs and tokenizer and puts the modules together; loads no weights.
 
     Raises:
@@ -134,7 +134,7 @@ def new_variables(system: System, mesh: Mesh, seed: int) -> dict:
     A stem of the teacher's shape, if so configured, and the text embeddings' size are filled in by
     `initial_variables`.
     """
-    init = lambda key: {k: v for k, v in _without_llm(_init(system, key)).items()}
+    init = lambda key: _without_llm(_init(system, key))
     key = jax.random.key(seed)
     shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
     # What the result does not hold, the compiler never draws.
@@ -164,7 +164,7 @@ def load_llm(system: System, mesh: Mesh) -> dict:
 
 def load_teacher(system: System, mesh: Mesh) -> dict:
     """Reads the teacher's weights onto the mesh."""
-    assert system.teacher is not None and system.teacher_dir is not None
+    assert system.teacher is not None and system.teacher_dir is not None and system.teacher_config is not None
     return hf.load_whisper_encoder(
         system.teacher_dir,
         system.teacher_config,

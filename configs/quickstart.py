@@ -19,16 +19,18 @@ def get_config():
     c.data.train = (("sample_data/commands/train.jsonl", 1.0), ("sample_data/recordings/train.jsonl", 1.0))
     c.data.validation_values = ("am_liam", "bf_alice")
     c.data.max_seconds = 3.45  # 3.8 s at the slowest speed
-    c.data.buckets = (1.6, 2.0, 2.4, 2.88, 3.84)
+    c.data.buckets = (1.76, 2.16, 2.72, 3.84)
     c.data.batch_size = 8
     c.data.speeds = (0.9, 1.0, 1.1)
     c.data.chat_template = CHATML
     c.data.augment.update(gain_db=(-6.0, 6.0), freq_masks=2, freq_width=10)
 
+    c.data.update(text_pool="sample_data/text/train.jsonl", text_rows=2, text_length=40)
+
     c.train.schedule = ("distil", "joint")
-    c.train.stages.distil = stage(700, 1e-3, {"distill": 1.0}, clip_norm=5.0)
-    c.train.stages.joint = stage(500, 1e-3, {"lm": 1.0, "distill": 1.0})
-    c.train.update(log_every=10, checkpoint_every=200)
+    c.train.stages.distil = stage(600, 1e-3, {"distill": 1.0, "text_anchor": 10.0}, clip_norm=5.0)
+    c.train.stages.joint = stage(300, 1e-3, {"lm": 1.0, "distill": 1.0, "text_anchor": 10.0})
+    c.train.update(log_every=10, checkpoint_every=100)
 
     c.eval.sets = {
         "new voices": "sample_data/commands/test_new_voices.jsonl",
@@ -36,4 +38,5 @@ def get_config():
         "new voices and sentences": "sample_data/commands/test_new_voices_and_sentences.jsonl",
         "recordings": "sample_data/recordings/test.jsonl",
     }
+    c.eval.update(text_heldout="sample_data/text/validation.jsonl", text_questions="sample_data/text/questions.jsonl")
     return c

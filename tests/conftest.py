@@ -5,9 +5,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
-from aura_jax import checkpoint, config, system
+from aura_jax import checkpoint, config, sharding, system
 from aura_jax.convert import random_models
 
 
@@ -45,10 +44,10 @@ def tiny_multilingual_whisper_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tiny_llm_dir, tiny_whisper_dir) -> Callable[[], ConfigDict]:
+def tiny_config(tiny_llm_dir, tiny_whisper_dir) -> Callable[[], config.Config]:
     """Makes configs of a run on the random models; each call returns a fresh one."""
 
-    def make() -> ConfigDict:
+    def make() -> config.Config:
         c = config.default()
         c.model.llm, c.model.teacher = str(tiny_llm_dir), str(tiny_whisper_dir)
         c.lora.n_blocks, c.lora.rank, c.lora.alpha = 2, 8, 8.0
@@ -71,3 +70,19 @@ def random_variables() -> Callable[[system.System], dict]:
         return {"params": variables["params"], "lora": jax.tree.unflatten(tree, noise)}
 
     return load
+
+
+@pytest.fixture(scope="session")
+def tiny_workdir(tiny_config, random_variables, tmp_path_factory) -> Path:
+    """A workdir as training leaves it, for reading only: the random models, adapters that do something."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    workdir.mkdir()
+    c = tiny_config()
+    (workdir / "config.json").write_text(config.to_json(c))
+    variables = random_variables(system.build(c))
+    own = {p: x for p, x in sharding.flatten(variables).items() if not p.startswith("params/llm/")}
+    checkpoints = checkpoint.Checkpoints(workdir, c)
+    fingerprint = checkpoint.fingerprint(variables["params"]["llm"])
+    checkpoints.save(1, own, {"step": jax.numpy.int32(1)}, {"own": sorted(own), "llm_fingerprint": fingerprint})
+    checkpoints.close()
+    return workdir

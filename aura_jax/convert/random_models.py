@@ -110,7 +110,7 @@ def build_whisper(
     """
     special = (*_WHISPER_SPECIAL, *(_WHISPER_LANGUAGES if multilingual else ()), *_WHISPER_TASKS)
     tokenizer = _tokenizer(special, first=False)
-    ids = {token: tokenizer.token_to_id(token) for token in special}
+    ids = tokenizer.get_vocab()
     vocab, n_mels, n_positions, n_target_positions = tokenizer.get_vocab_size(), 80, 1500, 448
     draw = _Draw(seed)
     tensors = {
@@ -168,7 +168,7 @@ def build_whisper(
         "prev_sot_token_id": ids["<|startofprev|>"],
         "return_timestamps": False,
         "suppress_tokens": sorted({1, 2, *(ids[token] for token in (_WHISPER_SPECIAL[1], *_WHISPER_TASKS[:5]))}),
-        "begin_suppress_tokens": [tokenizer.token_to_id("Ġ"), end],
+        "begin_suppress_tokens": [ids["Ġ"], end],
     }
     if multilingual:
         generation_config["lang_to_id"] = {token: ids[token] for token in _WHISPER_LANGUAGES}

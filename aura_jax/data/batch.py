@@ -12,9 +12,9 @@ A row holds one example or several (packed). An example is a *segment* of column
 What a padding column holds never matters: its segment is 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
+Array: TypeAlias = Any  # numpy on the host, a jax.Array once it is on the mesh
 
 
 class Batch(NamedTuple):
@@ -43,20 +43,20 @@ class Batch(NamedTuple):
         text_segment_MxL: int32, the document within the row, 1..; 0 = padding; None with `text_tokens_MxL`.
     """
 
-    tokens_BxT: np.ndarray
-    position_BxT: np.ndarray
-    segment_BxT: np.ndarray
-    span_start_BxT: np.ndarray
-    span_end_BxT: np.ndarray
-    audio_source_BxT: np.ndarray
-    waveform_BxKxS: np.ndarray
-    n_samples_BxK: np.ndarray
-    audio_position_BxKxA: np.ndarray
-    request_audio_BxT: np.ndarray
-    target_position_BxR: np.ndarray
-    target_id_BxR: np.ndarray
-    target_weight_BxR: np.ndarray
-    clip_key_BxK: np.ndarray
-    teacher_BxKxPxAxE: np.ndarray | None = None
-    text_tokens_MxL: np.ndarray | None = None
-    text_segment_MxL: np.ndarray | None = None
+    tokens_BxT: Array
+    position_BxT: Array
+    segment_BxT: Array
+    span_start_BxT: Array
+    span_end_BxT: Array
+    audio_source_BxT: Array
+    waveform_BxKxS: Array
+    n_samples_BxK: Array
+    audio_position_BxKxA: Array
+    request_audio_BxT: Array
+    target_position_BxR: Array
+    target_id_BxR: Array
+    target_weight_BxR: Array
+    clip_key_BxK: Array
+    teacher_BxKxPxAxE: Array | None = None
+    text_tokens_MxL: Array | None = None
+    text_segment_MxL: Array | None = None

@@ -227,14 +227,15 @@ class Quarantine:
         """Records a clip, unless it is recorded already, by this process or another."""
         if audio in self._seen:
             return
-        self._seen.add(audio)
-        log.warning("left out: %s (%s)", error, where)
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file closes
-            file.seek(0)
-            if all(json.loads(line)["audio"] != audio for line in file if line.strip()):
-                file.seek(0, os.SEEK_END)
-                file.write(json.dumps({"audio": audio, "row": where, "error": error}) + "\n")
+        # On disk first: when a batch without the clip comes out, the line is there, whichever thread met it.
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a+", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file closes
+                file.seek(0)
+                if all(json.loads(line)["audio"] != audio for line in file if line.strip()):
+                    file.seek(0, os.SEEK_END)
+                    file.write(json.dumps({"audio": audio, "row": where, "error": error}) + "\n")
+        if audio not in self._seen:
+            self._seen.add(audio)
+            log.warning("left out: %s (%s)", error, where)

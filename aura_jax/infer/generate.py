@@ -14,16 +14,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from aura_jax import sharding
 from aura_jax.audio import features
+from aura_jax.data.assemble import Example, assemble
+from aura_jax.data.plan import Shape
 from aura_jax.errors import UserError
 from aura_jax.models.llm import Cache, Context
-from aura_jax.models.speech_llm import Columns, text_context
+from aura_jax.models.speech_llm import Columns, SpeechLLM, text_context
 from aura_jax.system import System
 
 # Where LoRA acts on the tokens of a request. "off": the model is the base LLM, bit by bit.
@@ -39,14 +41,14 @@ class Request:
 
     Attributes:
       waveform: float32 [samples] at 16 kHz, or None for a turn of text.
-      prompt: the user's text: after the audio, or the turn itself. Empty beside audio: the prompt that the run was
+      prompt: the user's text: after the audio, or the turn itself. None beside audio: the prompt that the run was
         trained with.
       history: earlier turns, {"role": ..., "content": text}, oldest first.
       transcript: text that stands in the place of the audio, for the text oracle; not together with `waveform`.
     """
 
     waveform: np.ndarray | None = None
-    prompt: str = ""
+    prompt: str | None = None
     history: Sequence[Mapping[str, str]] = ()
     transcript: str | None = None
 
@@ -68,7 +70,7 @@ class Reply:
     seconds: float
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class _Inputs:
     """A batch for the prefill; `waveform_BxN` is None for text. `last_B`: the column that predicts the first token."""
 
@@ -97,6 +99,7 @@ class Generator:
     the scopes "request" and "audio", and is then the base LLM's answer to the bit.
 
     Attributes:
+      batch_size: most rows decoded together.
       variables: `params` and `lora`; other trees replace them between calls without compiling anew (during training).
       shapes: (LoRA, B, T, samples) of every batch so far: one compilation each.
     """
@@ -113,7 +116,7 @@ class Generator:
         """
         Args:
           system: from `system.build`.
-          variables: `params` and `lora`.
+          variables: `params` and `lora`; after a merge `params` alone.
           batch_size: most rows decoded together; None: `eval.batch_size`.
           max_new_tokens: None: `eval.max_new_tokens`.
           adapters_on_text: adapters in requests without audio: True as after a merge, or in a text turn after a spoken
@@ -129,18 +132,14 @@ class Generator:
         self.system = system
         self.variables = variables
         self.shapes: set[tuple[str, int, int, int]] = set()
-        self._batch_size = system.config.eval.batch_size if batch_size is None else batch_size
+        self.batch_size = system.config.eval.batch_size if batch_size is None else batch_size
         self._max_new = system.config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if self._batch_size < 1 or self._max_new < 1:
-            raise UserError(f"batch size {self._batch_size}, {self._max_new} new tokens: both must be at least 1")
+        if self.batch_size < 1 or self._max_new < 1:
+            raise UserError(f"batch size {self.batch_size}, {self._max_new} new tokens: both must be at least 1")
         self._text_lora = _EVERYWHERE if on_text else _OFF
         self._speech_lora = _AT_AUDIO if scope == "audio" else _EVERYWHERE
-        mesh = _mesh_of(variables)
-        self._row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
-        self._prefill = jax.jit(functools.partial(_prefill, system, mesh), static_argnames=("lora", "n_new"))
-        self._decode = jax.jit(
-            functools.partial(_decode, system, mesh), static_argnames=("lora", "n_new"), donate_argnames="cache"
-        )
+        self._mesh = _mesh_of(variables)
+        self._row_multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> list[Reply]:
         """Returns the greedy answer to each request, in order.
@@ -159,7 +158,7 @@ class Generator:
         while start < len(prompts):
             # Text and speech, and adapters on and off, are different programs.
             kind = (prompts[start].lora, prompts[start].n_bucket > 0)
-            batch = [p for p in prompts[start : start + self._batch_size] if (p.lora, p.n_bucket > 0) == kind]
+            batch = [p for p in prompts[start : start + self.batch_size] if (p.lora, p.n_bucket > 0) == kind]
             for prompt, reply in zip(batch, self._run(batch), strict=True):
                 replies[prompt.index] = reply
             start += len(batch)
@@ -176,7 +175,7 @@ class Generator:
                 raise UserError("nothing to answer: a request needs audio or a prompt")
             before, after = system.chat.encode(request.prompt, has_audio=False, history=request.history)
             return _Prompt(index, None, [*before, *after], [], 0, self._text_lora)
-        prompt = request.prompt or system.config.data.prompt
+        prompt = system.config.data.prompt if request.prompt is None else request.prompt
         before, after = system.chat.encode(prompt, has_audio=True, history=request.history)
         if request.transcript is not None:
             middle = system.chat.text(request.transcript)
@@ -191,20 +190,20 @@ class Generator:
         start = time.perf_counter()
         lora, n_new = batch[0].lora, self._max_new
         # Rows up to a power of two (then the mesh's multiple): the last batch of a set must not compile anew each time.
-        n_rows = min(1 << (len(batch) - 1).bit_length(), self._batch_size)
+        n_rows = min(1 << (len(batch) - 1).bit_length(), self.batch_size)
         n_rows = -(-n_rows // self._row_multiple) * self._row_multiple
         inputs = self._inputs(batch, n_rows)
         n_samples = 0 if inputs.waveform_BxN is None else inputs.waveform_BxN.shape[1]
-        self.shapes.add((lora, *inputs.columns.tokens_BxT.shape, n_samples))
+        self.shapes.add((lora, n_rows, inputs.columns.tokens_BxT.shape[1], n_samples))
 
-        cache, token_B = self._prefill(self.variables, inputs, lora=lora, n_new=n_new)
+        static = {"model": self.system.model, "mesh": self._mesh, "lora": lora, "n_new": n_new}
+        normalisation = self.system.config.model.normalisation
+        cache, token_B = _prefill(self.variables, inputs, normalisation=normalisation, **static)
         columns = inputs.columns
         n_real_B = (columns.segment_BxT != 0).sum(1).astype(np.int32)
         segment_BxS = np.pad(columns.segment_BxT, ((0, 0), (0, n_new)), constant_values=1)
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
-        answer_BxG, _ = self._decode(
-            self.variables, token_B, n_real_B, segment_BxS, stop_ids, cache=cache, lora=lora, n_new=n_new
-        )
+        answer_BxG, _ = _decode(self.variables, cache, token_B, n_real_B, segment_BxS, stop_ids, **static)
         answer_BxG = np.asarray(answer_BxG)
         seconds = time.perf_counter() - start
         return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
@@ -215,43 +214,25 @@ class Generator:
         n_samples = max(p.n_bucket for p in batch)
         rate = self.system.config.embedder.token_rate
         n_audio = int(features.n_audio_tokens(n_samples, rate))
-        n_columns = n_prefix + n_audio + n_suffix
-
-        tokens_BxT, source_BxT, segment_BxT = np.zeros((3, n_rows, n_columns), np.int32)
-        source_BxT -= 1
-        span_start_BxT = np.tile(np.arange(n_columns, dtype=np.int32), (n_rows, 1))
-        span_end_BxT = span_start_BxT + 1
-        waveform_BxN, n_samples_B = np.zeros((n_rows, n_samples), np.float32), np.zeros(n_rows, np.int32)
-        last_B = np.zeros(n_rows, np.int32)
-        slot, tail = n_prefix, n_prefix + n_audio
-        for b, prompt in enumerate(batch):
-            tokens_BxT[b, : len(prompt.prefix)] = prompt.prefix
-            segment_BxT[b, : len(prompt.prefix)] = 1
-            last_B[b] = len(prompt.prefix) - 1
-            if prompt.waveform is not None:
-                n_samples_B[b] = len(prompt.waveform)
-                waveform_BxN[b, : len(prompt.waveform)] = prompt.waveform
-                span = slice(slot, slot + int(features.n_audio_tokens(len(prompt.waveform), rate)))
-                segment_BxT[b, span] = 1
-                source_BxT[b, span] = np.arange(span.stop - span.start)
-                span_start_BxT[b, span], span_end_BxT[b, span] = span.start, span.stop
-                last_B[b] = span.stop - 1
-            if prompt.suffix:
-                tokens_BxT[b, tail : tail + len(prompt.suffix)] = prompt.suffix
-                segment_BxT[b, tail : tail + len(prompt.suffix)] = 1
-                last_B[b] = tail + len(prompt.suffix) - 1
-        columns = Columns(
-            tokens_BxT=tokens_BxT,
-            position_BxT=np.maximum(np.cumsum(segment_BxT, axis=1, dtype=np.int32) - 1, 0),
-            segment_BxT=segment_BxT,
-            span_start_BxT=span_start_BxT,
-            span_end_BxT=span_end_BxT,
-            audio_source_BxT=source_BxT,
-            audio_position_BxKxA=np.zeros((n_rows, 1, n_audio), np.int32),  # nothing is tapped
-            request_audio_BxT=np.broadcast_to(n_samples_B[:, None] > 0, tokens_BxT.shape),
+        shape = Shape(
+            n_rows=n_rows,
+            n_tokens=n_prefix + n_audio + n_suffix,
+            n_clips=1,
+            n_audio=n_audio,
+            n_samples=n_samples,
+            n_targets=0,
+            n_prefix=n_prefix,
         )
-        spoken = n_samples > 0
-        return _Inputs(columns, last_B, waveform_BxN if spoken else None, n_samples_B if spoken else None)
+        rows = [[Example(p.prefix, p.suffix, waveform_S=p.waveform)] for p in batch]
+        laid_out = assemble([*rows, *[[]] * (n_rows - len(batch))], shape, layout="slot", token_rate=rate)
+        columns = Columns(**{field.name: getattr(laid_out, field.name) for field in dataclasses.fields(Columns)})
+        last_B = shape.n_tokens - 1 - np.argmax(laid_out.segment_BxT[:, ::-1] != 0, axis=1)
+        return _Inputs(
+            columns=columns,
+            last_B=last_B.astype(np.int32),
+            waveform_BxN=laid_out.waveform_BxKxS[:, 0] if n_samples else None,
+            n_samples_B=laid_out.n_samples_BxK[:, 0] if n_samples else None,
+        )
 
     def _reply(self, answer_G: np.ndarray, seconds: float) -> Reply:
         stops = np.flatnonzero(np.isin(answer_G, list(self.system.chat.stop_ids)))
@@ -295,25 +276,39 @@ def _rows_on_mesh(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 
 def _visible(variables: Mapping[str, Any], lora: str) -> dict[str, Any]:
-    """Returns the collections that a pass may see: without `lora`, the model is the base LLM."""
-    return {name: variables[name] for name in ("params", "lora") if name == "params" or lora != _OFF}
+    """Returns the collections that a pass may see: without `lora`, the model is the base LLM (or a merged one)."""
+    return {
+        name: variables[name] for name in ("params", "lora") if name in variables and (name, lora) != ("lora", _OFF)
+    }
 
 
+# Static arguments of both programs: two Generators of equal models share what is compiled.
+_STATIC = ("model", "mesh", "lora", "n_new")
+
+
+@functools.partial(jax.jit, static_argnames=("normalisation", *_STATIC))
 def _prefill(
-    system: System, mesh: jax.sharding.Mesh | None, variables: Mapping[str, Any], inputs: _Inputs, lora: str, n_new: int
+    variables: Mapping[str, Any],
+    inputs: _Inputs,
+    *,
+    normalisation: str,
+    model: SpeechLLM,
+    mesh: jax.sharding.Mesh | None,
+    lora: str,
+    n_new: int,
 ) -> tuple[Cache, jax.Array]:
     """Reads the prompts; returns the cache, T + n_new columns long, and the first token of each answer."""
     inputs = _rows_on_mesh(inputs, mesh)
-    model, columns, visible = system.model, inputs.columns, _visible(variables, lora)
+    columns, visible = inputs.columns, _visible(variables, lora)
     if inputs.waveform_BxN is None:
         x_BxTxD = model.apply(visible, columns.tokens_BxT, method="embed_text")
         ctx = text_context(columns.position_BxT, columns.segment_BxT)
     else:
         mel_BxFxM = features.log_mel(
             inputs.waveform_BxN,
-            system.n_mels,
+            model.config.embedder.n_mels,
             n_samples_B=inputs.n_samples_B,
-            normalisation=system.config.model.normalisation,
+            normalisation=normalisation,
         )
         n_frames_B = features.n_frames(inputs.n_samples_B)
         x_BxTxD = model.apply(visible, columns, mel_BxFxM[:, None], n_frames_B[:, None], method="embed")
@@ -326,34 +321,39 @@ def _prefill(
     x_BxTxD, cache, _ = model.apply(visible, x_BxTxD, ctx, cache, method="adapted_blocks")
     h_BxTxD, cache = model.apply(visible, x_BxTxD, ctx, cache, method="plain_blocks")
     h_BxD = jnp.take_along_axis(h_BxTxD, inputs.last_B[:, None, None], axis=1)[:, 0]
-    return cache, _best_token(system, visible, h_BxD)
+    return cache, _best_token(model, visible, h_BxD)
 
 
-def _best_token(system: System, visible: Mapping[str, Any], h_BxD: jax.Array) -> jax.Array:
-    logits_BxV = system.model.apply(visible, h_BxD, method="logits")
+def _best_token(model: SpeechLLM, visible: Mapping[str, Any], h_BxD: jax.Array) -> jax.Array:
+    logits_BxV = model.apply(visible, h_BxD, method="logits")
     return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
 def _decode(
-    system: System,
-    mesh: jax.sharding.Mesh | None,
     variables: Mapping[str, Any],
+    cache: Cache,
     token_B: jax.Array,
     n_real_B: jax.Array,
     segment_BxS: jax.Array,
     stop_ids: jax.Array,
-    cache: Cache,
+    *,
+    model: SpeechLLM,
+    mesh: jax.sharding.Mesh | None,
     lora: str,
     n_new: int,
 ) -> tuple[jax.Array, Cache]:
     """Returns the answers [B, n_new], padded with a stop id after the first one, and the cache (it is donated).
 
     Args:
+      cache: of the prefill.
       token_B: first token of each answer.
       n_real_B: tokens of each prompt, padding not counted: the position of the first answer token. 0: an empty row.
+      segment_BxS: of the prompt's columns, and 1 for those of the answer.
+      stop_ids: ids that end an answer.
     """
     # Under PLoRA answer tokens are text, and see the base LLM's weights.
-    model, visible = system.model, _visible(variables, _OFF if lora == _AT_AUDIO else lora)
+    visible = _visible(variables, _OFF if lora == _AT_AUDIO else lora)
     n_rows, n_cached = segment_BxS.shape
     first_column = n_cached - n_new
     ended = lambda token_B: jnp.isin(token_B, stop_ids)
@@ -375,7 +375,7 @@ def _decode(
         x_Bx1xD = model.apply(visible, token_B[:, None], method="embed_text")
         x_Bx1xD, cache, _ = model.apply(visible, x_Bx1xD, ctx, cache, method="adapted_blocks")
         h_Bx1xD, cache = model.apply(visible, x_Bx1xD, ctx, cache, method="plain_blocks")
-        token_B = jnp.where(finished_B, stop_ids[0], _best_token(system, visible, h_Bx1xD[:, 0]))
+        token_B = jnp.where(finished_B, stop_ids[0], _best_token(model, visible, h_Bx1xD[:, 0]))
         answer_BxG = jax.lax.dynamic_update_slice(answer_BxG, token_B[:, None], (0, n_done))
         return n_done + 1, token_B, finished_B | ended(token_B), answer_BxG, cache
 

@@ -27,6 +27,8 @@ def layer_map(
     Raises:
       UserError: for an unknown kind, or a pair out of range or out of order.
     """
+    if pairs and kind != "list":
+        raise UserError(f"distill.pairs is for layer_map 'list', and distill.layer_map is {kind!r}: drop one of them")
     n = min(n_student, n_teacher)
     if kind == "stride":
         return tuple(((i + 1) * n_student // n - 1, (i + 1) * n_teacher // n - 1) for i in range(n))

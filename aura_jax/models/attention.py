@@ -55,7 +55,7 @@ def attention(
     """
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
-    scale = K**-0.5 if scale is None else scale
+    factor = K**-0.5 if scale is None else scale
     in_reach_BxTxS = jnp.arange(S) < k_end_BxT[:, :, None]
     same_BxTxS = (q_segment_BxT[:, :, None] == k_segment_BxS[:, None, :]) & (q_segment_BxT[:, :, None] != 0)
     mask_BxTxS = in_reach_BxTxS & same_BxTxS
@@ -64,7 +64,7 @@ def attention(
         if jax.default_backend() != "gpu" or q_BxTxHxK.dtype not in (jnp.bfloat16, jnp.float16):
             raise UserError("attention 'cudnn' needs an NVIDIA GPU and a 16-bit dtype: set model.attention='xla'")
         out_BxTxHxK = jax.nn.dot_product_attention(
-            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=mask_BxTxS[:, None], scale=scale, implementation="cudnn"
+            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=mask_BxTxS[:, None], scale=factor, implementation="cudnn"
         )
         # cuDNN averages over all keys where none is allowed.
         return jnp.where(mask_BxTxS.any(-1)[:, :, None, None], out_BxTxHxK, 0)
@@ -74,6 +74,6 @@ def attention(
     q_BxTxGxRxK = q_BxTxHxK.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxSxGxK, preferred_element_type=jnp.float32)
     mask = mask_BxTxS[:, None, None]
-    probs = jax.nn.softmax(jnp.where(mask, scores * scale, jnp.finfo(jnp.float32).min), axis=-1)
+    probs = jax.nn.softmax(jnp.where(mask, scores * factor, jnp.finfo(jnp.float32).min), axis=-1)
     probs = jnp.where(mask, probs, 0).astype(v_BxSxGxK.dtype)
     return jnp.einsum("bgrts,bsgk->btgrk", probs, v_BxSxGxK).reshape(B, T, H, K)

@@ -73,7 +73,8 @@ class AudioEmbedder(nn.Module):
             x_NxFxW = x_NxFxW + jnp.asarray(sinusoids(x_NxFxW.shape[1], c.width), self.dtype)
         else:
             x_NxFxW, n_valid_N = mel_NxFxM.astype(self.dtype), n_frames_N
-        n_tokens = -(-(-(-n_frames // 2)) // c.frames_per_token)
+        n_positions = (n_frames + 1) // 2  # at 50 Hz
+        n_tokens = -(-n_positions // c.frames_per_token)
         valid_NxF = jnp.arange(x_NxFxW.shape[1]) < n_valid_N[:, None]
         x_NxFxW = jnp.where(valid_NxF[..., None], x_NxFxW, 0)
         x_NxFxW = jnp.pad(x_NxFxW, ((0, 0), (0, n_tokens * frames_per_token - x_NxFxW.shape[1]), (0, 0)))

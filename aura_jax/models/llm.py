@@ -8,13 +8,13 @@ F width of the MLP, V vocabulary, Q audio positions that a tap sees.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import attention
@@ -86,7 +86,7 @@ class LLMConfig:
         )
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Context:
     """What every block needs beside its input.
 
@@ -108,7 +108,7 @@ class Context:
     cache_start: jax.Array | None = None
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Cache:
     """Keys and values of all blocks: a carry of the scan over blocks and of the decoding loop."""
 
@@ -182,7 +182,8 @@ class _Attention(nn.Module):
         k_BxSxGxK = apply_rope(project("k", c.n_kv_heads), angle_BxTxJ)
         v_BxSxGxK = project("v", c.n_kv_heads)
         if cache is not None:
-            at = (block, 0, ctx.cache_start, 0, 0)
+            assert ctx.cache_start is not None
+            at: Any = (block, 0, ctx.cache_start, 0, 0)
             put = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at)
             cache = Cache(put(cache.k_LxBxSxGxK, k_BxSxGxK), put(cache.v_LxBxSxGxK, v_BxSxGxK))
             take = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, block, keepdims=False).astype(self.dtype)
@@ -275,7 +276,7 @@ class LLM(nn.Module):
             self.lm_head = Dense(c.vocab, False, None, self.dtype, self.param_dtype)
 
     def _blocks(self, length: int, lora: LoRAConfig | None, tap: Tap | None) -> nn.Module:
-        block = Block
+        block, broadcast = Block, (nn.broadcast, nn.broadcast)
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
@@ -283,7 +284,7 @@ class LLM(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=cast(Any, broadcast),
             length=length,
         )(self.config, lora, self.dtype, self.param_dtype, self.attention_impl, tap)
 

@@ -6,10 +6,10 @@ Dimensions: B rows, T tokens, K clips a row, A audio tokens a clip, F mel frames
 import dataclasses
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import MASKS, key_end
@@ -33,13 +33,15 @@ class SpeechLLMConfig:
             raise UserError(f"unknown model.mask {self.mask!r}: {nearest(self.mask, MASKS)}")
         if self.mask == "block" and self.chunk < 1:
             raise UserError(f"model.mask 'block' needs model.chunk of at least 1 audio token, not {self.chunk}")
+        if self.mask != "block" and self.chunk:
+            raise UserError(f"model.chunk {self.chunk} is for model.mask 'block', not {self.mask!r}: drop one of them")
         if self.lora is not None and not 1 <= self.lora.n_blocks <= self.llm.n_blocks:
             raise UserError(
                 f"lora.n_blocks must be 1 to {self.llm.n_blocks}, the LLM's depth, not {self.lora.n_blocks}"
             )
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Columns:
     """Where every token of a batch stands; `data.batch.Batch` explains the fields of the same names."""
 

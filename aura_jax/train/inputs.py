@@ -1,7 +1,7 @@
 """From a configuration to batches: which rows train, which are held out, and the batches of each stage."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -83,24 +83,24 @@ class Inputs:
         if audio_only not in self._plans:
             c = self._built.config.data
             sources = [_audio_only(s) if audio_only else s for s in self._sources]
-            packed = dict(pack_tokens=c.row_tokens, pack_clips=c.row_clips) if c.layout == "packed" else {}
-            text_edges = dict(text_edges=_TEXT_EDGES) if c.layout == "slot" and not audio_only else {}
+            packed = c.layout == "packed"
             plan = BatchPlan(
                 [s.lengths for s in sources],
                 batch_size=c.batch_size,
-                bucket_seconds=c.buckets or tuple(b for b in _DEFAULT_BUCKETS if b < c.max_seconds) + (c.max_seconds,),
+                bucket_seconds=c.buckets or (*(b for b in _DEFAULT_BUCKETS if b < c.max_seconds), c.max_seconds),
                 token_rate=self._built.config.embedder.token_rate,
                 seed=self._built.config.seed,
                 weights=self._weights,
                 speeds=tuple(c.speeds),
                 layout=c.layout,
-                **packed,
-                **text_edges,
+                text_edges=_TEXT_EDGES if not packed and not audio_only else None,
+                pack_tokens=c.row_tokens if packed else None,
+                pack_clips=c.row_clips if packed else None,
             )
             self._plans[audio_only] = (sources, plan)
         return self._plans[audio_only]
 
-    def batches(self, active: frozenset[str], start: int, count: int | None = None) -> Iterator[Batch]:
+    def batches(self, active: frozenset[str], start: int, count: int | None = None) -> Generator[Batch, None, None]:
         """Yields this host's part of batches `start`, start + 1, ... of a stage with these objectives."""
         c = self._built.config.data
         sources, plan = self._planned(audio_only="lm" not in active)

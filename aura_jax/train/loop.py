@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from aura_jax import checkpoint, sharding, system
 from aura_jax import config as config_lib
+from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.errors import UserError
 from aura_jax.models.lora import LoRAConfig
@@ -55,7 +55,7 @@ class Result:
     metrics: dict[str, float]
 
 
-def train(config: ConfigDict, workdir: Path) -> Result:
+def train(config: Config, workdir: Path) -> Result:
     """Trains, or goes on training, in `workdir`.
 
     Raises:
@@ -72,18 +72,20 @@ def train(config: ConfigDict, workdir: Path) -> Result:
 class _Run:
     """One call of `train`: what its stages share."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh, signals: "_Signals"):
+    def __init__(self, config: Config, workdir: Path, mesh: Mesh, signals: "_Signals"):
         self.config, self.workdir, self.mesh, self.signals = config, workdir, mesh, signals
         self.built = system.build(config)
         self.stages = config_lib.stages(config)
         self.last_step = config_lib.total_steps(config)
         self.inputs = Inputs(self.built, workdir)
         self.variables = system.initial_variables(self.built, mesh)
+        self.own = {p for p in sharding.flatten(self.variables) if not p.startswith(("params/llm/", "teacher/"))}
+        lora = self.built.model.config.lora
+        assert lora is not None
         self.meta = {
             "llm": str(config.model.llm),
             "llm_fingerprint": checkpoint.fingerprint(self.variables["params"]["llm"]),
-            "text_rms": float(self.variables["params"]["embedder"]["text_rms"]),
-            "lora": dataclasses.asdict(self.built.model.config.lora),
+            "lora": dataclasses.asdict(lora),
         }
         if "teacher" in self.variables:
             self.meta["teacher_fingerprint"] = checkpoint.fingerprint(self.variables["teacher"])
@@ -137,58 +139,70 @@ class _Run:
         first, state, metrics, rates = 0, None, {}, {}
         for name, stage in self.stages:
             if stage.merge_lora:
-                self._merge_lora(state)
+                self._keep(state)
+                self._merge_lora()
                 state = None
-            table = stage.trainable or self.config.trainable
             paths = sharding.flatten({k: v for k, v in self.variables.items() if k != "teacher"})
-            new_rates = sharding.learning_rates(paths, table)
+            new_rates = sharding.learning_rates(paths, stage.trainable or self.config.trainable)
             if state is None or set(new_rates) != set(rates):
-                if state is not None:
-                    self.variables = sharding.join(state.trained, self.variables)
+                self._keep(state)
                 trained, _ = sharding.split(self.variables, new_rates)
                 state = step_lib.new_state(self.config, trained, first, self.mesh)
             rates = new_rates
+            self.own |= set(rates)
             end = min(first + stage.steps, self.last_step)
             if start < end:
-                if first <= start and newest is not None:
-                    state = self._restore(newest[0], state)
-                    newest = None
+                if newest is not None:
+                    state, newest = self._restore(newest[0], state), None
                 frozen = sharding.split(self.variables, rates)[1]
                 log.stage(name)
-                state, metrics, stopped = self._run_stage(
-                    stage, first, max(start, first), end, state, frozen, rates, log
-                )
+                span = (first, max(start, first), end)
+                state, metrics, stopped = self._run_stage(stage, span, state, frozen, rates, log)
                 if stopped:
                     return Result(int(state.step), True, metrics)
             first = end
+        assert state is not None
         return Result(int(state.step), False, metrics)
 
-    def _restore(self, step: int, state: step_lib.State) -> step_lib.State:
-        abstract = checkpoint.abstract_like(state)
-        trained, rest = self.checkpoints.restore(step, abstract.trained, abstract.replace(trained={}))
-        return rest.replace(trained=trained)
-
-    def _merge_lora(self, state: step_lib.State | None) -> None:
-        """Folds LoRA into the LLM and drops it: from here on the model has no adapters."""
+    def _keep(self, state: step_lib.State | None) -> None:
+        """Takes over what was trained so far, before the division into trained and frozen changes."""
         if state is not None:
             self.variables = sharding.join(state.trained, self.variables)
+
+    def _own(self, state: step_lib.State) -> dict[str, jax.Array]:
+        """Returns all variables that are not base weights, trained at present or not: what a checkpoint must hold."""
+        flat = sharding.flatten(self.variables) | state.trained
+        return {path: flat[path] for path in self.own}
+
+    def _restore(self, step: int, state: step_lib.State) -> step_lib.State:
+        own, rest = self.checkpoints.restore(
+            step,
+            checkpoint.abstract_like(self._own(state)),
+            checkpoint.abstract_like(dataclasses.replace(state, trained={})),
+        )
+        self.variables = sharding.join(own, self.variables)
+        return dataclasses.replace(rest, trained={path: own[path] for path in state.trained})
+
+    def _merge_lora(self) -> None:
+        """Folds LoRA into the LLM and drops it: from here on the model has no adapters."""
         lora = self.built.model.config.lora
         assert lora is not None
-        self.variables["params"]["llm"] = merge(
-            self.variables["params"]["llm"], self.variables.pop("lora")["llm"], lora
-        )
+        adapters = self.variables.pop("lora")["llm"]
+        self.variables["params"]["llm"] = merge(self.variables["params"]["llm"], adapters, lora)
+        merged = {f"params/llm/{p.removesuffix('/a')}/kernel" for p in sharding.flatten(adapters) if p.endswith("/a")}
+        self.own = {path for path in self.own if not path.startswith("lora/")} | merged
 
     def _run_stage(
         self,
-        stage: ConfigDict,
-        first: int,
-        start: int,
-        end: int,
+        stage: Config,
+        span: tuple[int, int, int],
         state: step_lib.State,
         frozen: dict,
         rates: dict[str, float],
         log: Log,
     ) -> tuple[step_lib.State, dict[str, float], bool]:
+        """Takes the steps of a stage: `span` is (its first step, the step to start at, the step to end before)."""
+        first, start, end = span
         c = self.config.train
         run_step = step_lib.jit_step(self.built, stage, first, rates, self.mesh)
         active = step_lib.active_objectives(stage)
@@ -264,8 +278,8 @@ class _Run:
         return values
 
     def _save(self, step: int, state: step_lib.State) -> None:
-        meta = {**self.meta, "trained": sorted(state.trained)}
-        self.checkpoints.save(step, state.trained, state.replace(trained={}), meta)
+        own = self._own(state)
+        self.checkpoints.save(step, own, dataclasses.replace(state, trained={}), {**self.meta, "own": sorted(own)})
 
     def _evaluate(self, step: int, state: step_lib.State, frozen: dict, log: Log) -> None:
         variables = sharding.join(state.trained, frozen)
@@ -277,8 +291,8 @@ class _Run:
         log.say(f"step {step}: validation " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         best = self.checkpoints.best()
         if best is None or scores["wer"] <= best["validation"]["wer"]:
-            meta = {**self.meta, "trained": sorted(state.trained), "validation": scores}
-            self.checkpoints.save_best(step, state.trained, meta)
+            own = self._own(state)
+            self.checkpoints.save_best(step, own, {**self.meta, "own": sorted(own), "validation": scores})
 
 
 def merge(llm: dict, lora: dict, config: LoRAConfig) -> dict:
@@ -295,7 +309,7 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def _claim(workdir: Path, config: Config) -> None:
     """Writes config.json; raises UserError if the workdir belongs to a run with another configuration."""
     path = workdir / "config.json"
     if path.is_file():

@@ -4,21 +4,20 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from aura_jax import sharding
-from aura_jax.config import OBJECTIVES
+from aura_jax.config import OBJECTIVES, Config
 from aura_jax.data.batch import Batch
 from aura_jax.system import System
 from aura_jax.train import objectives
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class State:
     """All that a step changes, and all that a checkpoint holds.
 
@@ -35,7 +34,7 @@ class State:
     skipped: jax.Array
 
 
-def _adam(config: ConfigDict) -> optax.GradientTransformation:
+def _adam(config: Config) -> optax.GradientTransformation:
     c = config.optimizer
     decayed = lambda trained: {path: path.rpartition("/")[2] in ("kernel", "a", "b") for path in trained}
     return optax.chain(optax.scale_by_adam(c.b1, c.b2, c.eps), optax.add_decayed_weights(c.weight_decay, mask=decayed))
@@ -52,7 +51,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def new_state(config: ConfigDict, trained: dict[str, jax.Array], step: int, mesh: Mesh) -> State:
+def new_state(config: Config, trained: dict[str, jax.Array], step: int, mesh: Mesh) -> State:
     """Returns the state at the start of a stage: float32 masters of `trained`, copied, and fresh moments."""
 
     def make(trained: dict[str, jax.Array]) -> State:
@@ -63,7 +62,7 @@ def new_state(config: ConfigDict, trained: dict[str, jax.Array], step: int, mesh
     return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make, trained), mesh))(trained)
 
 
-def learning_rate(stage: ConfigDict) -> optax.Schedule:
+def learning_rate(stage: Config) -> optax.Schedule:
     """Linear warm-up to the stage's rate, then a cosine down to `final_fraction` of it at the stage's last step."""
     return optax.warmup_cosine_decay_schedule(
         init_value=stage.learning_rate / max(stage.warmup_steps, 1),
@@ -74,7 +73,7 @@ def learning_rate(stage: ConfigDict) -> optax.Schedule:
     )
 
 
-def active_objectives(stage: ConfigDict) -> frozenset[str]:
+def active_objectives(stage: Config) -> frozenset[str]:
     return frozenset(name for name in OBJECTIVES if stage.objectives[name])
 
 
@@ -85,7 +84,7 @@ def _micro(batch: Batch, keys_BxK: jax.Array, n: int) -> tuple[Batch, jax.Array]
 
 
 def step_function(
-    system: System, stage: ConfigDict, first_step: int, rates: Mapping[str, float]
+    system: System, stage: Config, first_step: int, rates: Mapping[str, float]
 ) -> Callable[[State, dict, Mapping[str, jax.Array] | None, Batch], tuple[State, dict[str, jax.Array]]]:
     """Returns step(state, frozen, statistics, batch) -> (state, metrics), to be jitted.
 
@@ -124,6 +123,7 @@ def step_function(
         clip = jnp.minimum(1.0, stage.clip_norm / (norm + 1e-12))
         # Zero where not finite: the moments that are computed and then thrown away should not raise NaN checks.
         grads = jax.tree.map(lambda g: jnp.where(finite, g * clip, 0), grads)
+        updates: Any
         updates, moments = adam.update(grads, state.moments, state.trained)
         rate = schedule(state.step - first_step)
         trained = {path: x - rate * rates[path] * updates[path] for path, x in state.trained.items()}
@@ -145,7 +145,7 @@ def step_function(
     return step
 
 
-def jit_step(system: System, stage: ConfigDict, first_step: int, rates: Mapping[str, float], mesh: Mesh) -> Any:
+def jit_step(system: System, stage: Config, first_step: int, rates: Mapping[str, float], mesh: Mesh) -> Any:
     """Jits `step_function`; the state is donated, and stays where `state_shardings` put it."""
     function = step_function(system, stage, first_step, rates)
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def teacher_states(system: System, teacher: dict, waveform_NxS: jax.Array, n_sam
     pool = lambda h_NxFxE: pool_frames(
         h_NxFxE[:, : -(-n_samples // (2 * features.HOP))], n_frames_N, system.frames_per_token
     )
-    encoder = system.teacher.clone(tap=pool)
+    encoder: Any = system.teacher.clone(tap=pool)
     if system.config.teacher.window == "30s":
         waveform_NxS = jnp.pad(waveform_NxS, ((0, 0), (0, WINDOW_SAMPLES - n_samples)))
         mel_NxFxM = features.log_mel(waveform_NxS, system.n_mels, reflect_end=True)

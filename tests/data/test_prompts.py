@@ -75,7 +75,7 @@ def test_mistakes(tokenizer, tiny_llm_dir):
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template: give `chat_template`"):
         ChatFormat(bare)
-    assert ChatFormat(bare, CHATML).encode()
+    assert all(ChatFormat(bare, CHATML).encode())
     with pytest.raises(UserError, match="0 times"):
         ChatFormat(tokenizer, "{% for m in messages %}{{ m['role'] }}{% endfor %}")
     with pytest.raises(UserError, match="the chat template fails"):

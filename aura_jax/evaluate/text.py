@@ -1,0 +1,211 @@
+"""What teaching it to hear cost the LLM: its loss on ordinary text, and its answers to plain questions.
+
+Each is taken twice: with the adapters off (the base LLM), and on for every token, as after a merge, or in a text turn
+that follows a spoken one. Under `lora.scope` "audio" they never act on text, and the two are the same by construction.
+Dimensions: B rows, T tokens, R targets, D width.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from aura_jax import losses
+from aura_jax.data.prompts import ChatFormat
+from aura_jax.errors import UserError
+from aura_jax.infer.generate import Generator, Request
+from aura_jax.models.speech_llm import SpeechLLM, text_context
+from aura_jax.system import System
+
+_ROWS = 4
+_LENGTH = 256  # tokens: longer texts are cut into pieces, each read by itself
+_ROUND = 64  # rows are padded to a multiple of it: few compilations
+
+
+class TextRow(NamedTuple):
+    """A piece of held-out text: its kind, its tokens, and the first one that is to be predicted (at least 1)."""
+
+    kind: str
+    tokens: tuple[int, ...]
+    first_target: int
+
+
+class Question(NamedTuple):
+    """A plain question, and patterns (regular expressions, any case): a right answer has one of them."""
+
+    prompt: str
+    patterns: tuple[str, ...]
+
+
+def load_heldout(path: str | Path, chat: ChatFormat) -> list[TextRow]:
+    """Reads held-out text: JSON lines {"text": ..., "kind": ...} or {"messages": [{"role", "content"}, ...]}.
+
+    Of a conversation, the assistant's words count (and the end of its turn): what the template writes is no text.
+
+    Raises:
+      UserError: the file is missing or empty, or a line is neither: names file and line.
+    """
+    rows = []
+    for where, values in _json_lines(path):
+        text, messages = values.get("text"), values.get("messages")
+        if isinstance(text, str):
+            tokens, kind = chat.text(text), str(values.get("kind", "text"))
+            pieces = [tokens[i : i + _LENGTH] for i in range(0, len(tokens), _LENGTH)]
+            rows += [TextRow(kind, piece, 1) for piece in pieces if len(piece) > 1]
+        elif isinstance(messages, list) and all(_is_turn(message) for message in messages):
+            rows += _chat_rows(messages, chat, str(values.get("kind", "chat")))
+        else:
+            raise UserError(f"{where}: neither 'text' nor 'messages' with 'role' and 'content': give one of them")
+    if not rows:
+        raise UserError(f"{path}: no text: give one JSON object a line")
+    return rows
+
+
+def _chat_rows(messages: Sequence[Mapping[str, str]], chat: ChatFormat, kind: str) -> Iterator[TextRow]:
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i and messages[i - 1]["role"] == "user":
+            prefix, _ = chat.encode(messages[i - 1]["content"], has_audio=False, history=messages[: i - 1])
+            yield TextRow(kind, (*prefix, *chat.response(message["content"])), len(prefix))
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Reads JSON lines {"prompt": ..., "patterns": [pattern, ...]}.
+
+    Raises:
+      UserError: the file is missing or empty, or a line has another form: names file and line.
+    """
+    questions = []
+    for where, values in _json_lines(path):
+        prompt, patterns = values.get("prompt"), values.get("patterns")
+        if not isinstance(prompt, str) or not prompt or not isinstance(patterns, list) or not patterns:
+            raise UserError(f"{where}: give 'prompt' (a question) and 'patterns' (a list of right answers)")
+        try:
+            for pattern in patterns:
+                re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"{where}: 'patterns' {patterns!r} are not all regular expressions: {error}") from error
+        questions.append(Question(prompt, tuple(patterns)))
+    if not questions:
+        raise UserError(f"{path}: no questions: give one JSON object a line")
+    return questions
+
+
+def _is_turn(message: Any) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )
+
+
+def _json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): give JSON lines in UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error.msg}): give one JSON object a line") from error
+            if not isinstance(values, dict):
+                raise UserError(f"{path}:{number}: not an object: give one JSON object a line")
+            yield f"{path}:{number}", values
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"))
+def _loss(
+    variables: Mapping[str, Any], tokens_BxT: jax.Array, weight_BxT: jax.Array, *, model: SpeechLLM, chunk: int
+) -> losses.SumCount:
+    """Returns the cross-entropy in nats summed over the tokens of weight 1, each given those before it."""
+    position_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+    # One segment for padding too: it comes last, where nothing that counts sees it.
+    ctx = text_context(position_BxT, jnp.ones_like(tokens_BxT))
+    x_BxTxD = model.apply(variables, tokens_BxT, method="embed_text")
+    x_BxTxD, _, _ = model.apply(variables, x_BxTxD, ctx, method="adapted_blocks")
+    h_BxTxD, _ = model.apply(variables, x_BxTxD, ctx, method="plain_blocks")
+    logits = lambda h: model.apply(variables, h, method="logits")
+    return losses.cross_entropy(logits, h_BxTxD[:, :-1], tokens_BxT[:, 1:], weight_BxT[:, 1:], chunk)
+
+
+def text_loss(
+    system: System, variables: Mapping[str, Any], rows: Sequence[TextRow], adapters: bool, progress: bool = True
+) -> dict[str, tuple[float, int]]:
+    """Returns for each kind of text the cross-entropy in nats, summed, and the number of tokens predicted.
+
+    Args:
+      variables: `params` and `lora`.
+      adapters: act on all tokens (under scope "audio" on none, text or not); False: the base LLM.
+    """
+    on = adapters and "lora" in variables and system.config.lora.scope != "audio"
+    visible = {name: variables[name] for name in ("params", "lora") if name == "params" or on}
+    rows = sorted(rows, key=lambda row: (row.kind, len(row.tokens)))
+    totals: dict[str, tuple[float, int]] = {}
+    loss = functools.partial(_loss, model=system.model, chunk=system.config.train.loss_chunk)
+    with tqdm(
+        total=len(rows), desc=f"text, adapters {'on' if adapters else 'off'}", unit="row", disable=not progress
+    ) as bar:
+        start = 0
+        while start < len(rows):
+            kind = rows[start].kind
+            batch = [row for row in rows[start : start + _ROWS] if row.kind == kind]
+            length = -(-max(len(row.tokens) for row in batch) // _ROUND) * _ROUND
+            tokens_BxT, weight_BxT = np.zeros((_ROWS, length), np.int32), np.zeros((_ROWS, length), np.float32)
+            for b, row in enumerate(batch):
+                tokens_BxT[b, : len(row.tokens)] = row.tokens
+                weight_BxT[b, row.first_target : len(row.tokens)] = 1
+            total, count = loss(visible, tokens_BxT, weight_BxT)
+            old = totals.get(kind, (0.0, 0))
+            totals[kind] = (old[0] + float(total), old[1] + round(float(count)))
+            start += len(batch)
+            bar.update(len(batch))
+    return totals
+
+
+def compare_text(
+    system: System, variables: Mapping[str, Any], rows: Sequence[TextRow], progress: bool = True
+) -> dict[str, dict[str, float]]:
+    """Returns the loss on held-out text with the adapters off and on, in nats a token, for each kind and for "all".
+
+    Returns:
+      {kind: {"tokens", "base", "adapted", "rise"}}.
+    """
+    base = text_loss(system, variables, rows, adapters=False, progress=progress)
+    adapted = text_loss(system, variables, rows, adapters=True, progress=progress)
+    for totals in (base, adapted):
+        totals["all"] = (sum(total for total, _ in totals.values()), sum(count for _, count in totals.values()))
+    result = {}
+    for kind, (total, count) in base.items():
+        means = {"base": total / count, "adapted": adapted[kind][0] / count}
+        result[kind] = {"tokens": count, **means, "rise": means["adapted"] - means["base"]}
+    return result
+
+
+def ask(
+    system: System,
+    variables: Mapping[str, Any],
+    questions: Sequence[Question],
+    max_new_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Asks plain questions in text, with the adapters off and on, and checks the answers.
+
+    Returns:
+      {"n", "base": right answers, "adapted": right answers, "answers": [{"question", "base", "base_right", "adapted",
+      "adapted_right"}, ...]}.
+    """
+    on = system.config.lora.scope != "audio"
+    answers: list[dict[str, Any]] = [{"question": question.prompt} for question in questions]
+    for name, adapters in (("base", False), ("adapted", on)):
+        generator = Generator(system, variables, max_new_tokens=max_new_tokens, adapters_on_text=adapters)
+        replies = generator.generate([Request(prompt=question.prompt) for question in questions])
+        for answer, question, reply in zip(answers, questions, replies, strict=True):
+            answer[name] = reply.text
+            answer[f"{name}_right"] = any(re.search(p, reply.text, re.IGNORECASE) for p in question.patterns)
+    right = {name: sum(answer[f"{name}_right"] for answer in answers) for name in ("base", "adapted")}
+    return {"n": len(questions), **right, "answers": answers}

@@ -1,0 +1,85 @@
+"""Evaluation of a set, with a system that knows all answers but some."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from aura_jax.data.manifest import load_manifest
+from aura_jax.errors import UserError
+from aura_jax.evaluate.run import evaluate_set, intent_classifier
+from aura_jax.infer.generate import Reply
+
+TEXTS = ["Open the door.", "Close the window.", "What time is it?", "Stop."]
+
+
+class Fake:
+    """Says the text whose number is the clip's length in tenths of a second, or the prompt."""
+
+    batch_size = 2
+
+    def __init__(self):
+        self.lengths = []
+
+    def generate(self, requests, progress=None):
+        replies = []
+        for request in requests:
+            n = -1 if request.waveform is None else round(len(request.waveform) / 1600)
+            self.lengths.append(n)
+            replies.append(Reply(TEXTS[n - 1] if n > 0 else request.prompt, (), True, 0.0))
+        if progress is not None:
+            progress(len(requests))
+        return replies
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    lines = []
+    for n in (3, 1, 4, 2):
+        soundfile.write(tmp_path / f"{n}.wav", np.zeros(1600 * n, np.float32), 16000)
+        lines.append({"id": f"clip-{n}", "audio": f"{n}.wav", "text": TEXTS[n - 1], "intent": "abcd"[n - 1]})
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_outputs_keep_the_rows_order_and_batches_go_by_length(manifest):
+    fake = Fake()
+    result = evaluate_set(fake, load_manifest(manifest), progress=False, classifier=intent_classifier([manifest]))
+    assert fake.lengths == [1, 2, 3, 4]
+    assert [o.id for o in result.outputs] == ["clip-3", "clip-1", "clip-4", "clip-2"]
+    assert all(o.reference == o.hypothesis for o in result.outputs)
+    assert result.scores["n"] == 4 and result.scores["wer"]["value"] == 0
+    assert result.scores["exact_match"]["value"] == result.scores["intent_accuracy"]["value"] == 1
+    assert result.audio_seconds == pytest.approx(1.0) and result.seconds >= 0
+
+
+def test_a_clip_that_cannot_be_read(manifest, tmp_path):
+    (tmp_path / "1.wav").write_bytes(b"no audio")
+    rows = load_manifest(manifest)
+    with pytest.raises(UserError, match=r"1\.wav"):
+        evaluate_set(Fake(), rows, progress=False)
+    result = evaluate_set(Fake(), rows, skip_unreadable=True, progress=False)
+    assert result.scores["n"] == 3
+    assert len(result.unreadable) == 1 and "set.jsonl:2" in result.unreadable[0]
+
+
+def test_chat_rows_are_answered_and_plain_text_is_refused(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"prompt": "Say yes.", "response": "Say yes."}\n')
+    result = evaluate_set(Fake(), load_manifest(path), progress=False)
+    assert result.scores["exact_match"]["value"] == 1 and "intent_accuracy" not in result.scores
+    path.write_text('{"text": "Just prose."}\n')
+    with pytest.raises(UserError, match=r"chat\.jsonl:1: plain text"):
+        evaluate_set(Fake(), load_manifest(path), progress=False)
+
+
+def test_nothing_to_evaluate_says_so():
+    with pytest.raises(UserError, match="no row"):
+        evaluate_set(Fake(), [], progress=False)
+
+
+def test_a_manifest_without_intents_has_no_classifier(sample_data):
+    assert intent_classifier([sample_data / "recordings" / "test.jsonl"]) is None
+    assert intent_classifier([sample_data / "commands" / "train.jsonl"]) is not None

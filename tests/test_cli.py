@@ -1,0 +1,150 @@
+"""The command line: help, mistakes in one line, and each verb on the random models."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from aura_jax import cli, config
+
+VERBS = ("quickstart", "train", "eval", "generate", "assets", "data", "version")
+
+
+def mistake(capsys, *argv: str) -> str:
+    """Runs a command that must fail as a user's mistake; returns its line."""
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, np.random.default_rng(0).standard_normal(16000) * 0.1, 16000)
+    return path
+
+
+@pytest.fixture
+def manifest(tmp_path, clip):
+    path = tmp_path / "my set.jsonl"
+    lines = [{"audio": "clip.wav", "text": "Turn on the lights.", "id": str(i)} for i in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys, aura_jax.cli as cli; assert cli.main(['--help']) == 0; "
+        "assert not {'jax', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(verb in result.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: aura-jax {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert "aura-jax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["trian"], "unknown verb 'trian': did you mean 'train'?"),
+        (["train"], "--workdir"),
+        (["train", "--workdir", "x"], "add --config=configs/quickstart.py"),
+        (["train", "--workdir", "x", "--config=missing.py"], "missing.py"),
+        (["train", "--workdir", "x", "--frobnicate"], "--frobnicate"),
+        (["eval", "--workdir", "no/such/run", "--data", "x.jsonl"], "no/such/run"),
+        (["eval", "--workdir", "x", "--system", "studnet"], "studnet"),
+        (["eval", "--workdir", "x", "--set", "nonsense"], "NAME=MANIFEST"),
+        (["generate", "--workdir", "x"], "nothing to answer"),
+        (["generate", "--workdir", "x", "--audio", "missing.wav"], "missing.wav"),
+        (["assets", "fetch"], "name at least one"),
+        (["assets", "fetch", "smollm2-135m-instrct"], "did you mean"),
+        (["data", "validate", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(argv, match, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert match in mistake(capsys, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_and_bug(monkeypatch):
+    def raising(error):
+        def run(argv):
+            raise error
+
+        return run
+
+    monkeypatch.setattr(cli, "_run", raising(KeyboardInterrupt()))
+    assert cli.main([]) == 130
+    monkeypatch.setattr(cli, "_run", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError):
+        cli.main([])
+
+
+def test_generate(tiny_workdir, clip, capsys):
+    workdir = str(tiny_workdir)
+    assert cli.main(["generate", "--workdir", workdir, "--audio", str(clip), str(clip), "--json"]) == 0
+    first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert first["audio"] == str(clip) and first["prompt"] is None and isinstance(first["text"], str)
+    assert first["text"] == second["text"] and first["n_tokens"] <= 8
+    assert cli.main(["generate", "--workdir", workdir, "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.count("\n") >= 1
+
+
+def test_eval(tiny_workdir, manifest, capsys, tmp_path):
+    out, outputs = tmp_path / "new" / "scores.json", tmp_path / "new" / "outputs.jsonl"
+    argv = ["eval", "--workdir", str(tiny_workdir), "--data", str(manifest), "--set", f"again={manifest}"]
+    assert cli.main([*argv, "--json", str(out), "--outputs", str(outputs)]) == 0
+    scores = json.loads(out.read_text())
+    assert set(scores) == {"my set", "again"}
+    assert scores["again"] == scores["my set"] and scores["again"]["n"] == 3
+    assert set(scores["again"]["wer"]) == {"value", "low", "high"}
+    assert "my set" in capsys.readouterr().out
+    lines = [json.loads(line) for line in outputs.read_text().splitlines()]
+    assert len(lines) == 6 and lines[0]["reference"] == "Turn on the lights."
+
+
+def test_eval_of_the_cascade_takes_the_config_s_sets(tiny_workdir, manifest, capsys, tmp_path):
+    c = config.from_json(tiny_workdir / "config.json")
+    c.eval.sets = {"mine": str(manifest)}
+    (tmp_path / "config.json").write_text(config.to_json(c))
+    assert cli.main(["eval", "--workdir", str(tmp_path), "--system", "cascade"]) == 0
+    assert "mine" in capsys.readouterr().out
+    c.model.teacher = ""
+    (tmp_path / "config.json").write_text(config.to_json(c))
+    assert "names no Whisper" in mistake(capsys, "eval", "--workdir", str(tmp_path), "--system", "cascade")
+
+
+def test_data_validate(manifest, capsys, tmp_path):
+    assert cli.main(["data", "validate", str(manifest)]) == 0
+    assert "3 rows, 3 clips" in capsys.readouterr().out
+    with manifest.open("a") as file:
+        file.write('{"audio": "gone.wav", "text": "x"}\n{"audio": "clip.wav", "text": "x", "seconds": 9}\n')
+    assert cli.main(["data", "validate", "--decode", str(manifest)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "my set.jsonl:4" in errors[0] and "my set.jsonl:5: 'seconds' is 9" in errors[1]
+
+
+def test_assets(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("AURA_JAX_CACHE", str(tmp_path))
+    assert cli.main(["assets", "list"]) == 0
+    assert "whisper-tiny.en-wheel" in capsys.readouterr().out
+    assert cli.main(["assets", "fetch", "random-llama-tiny"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "random-llama-tiny")

@@ -1,0 +1,211 @@
+"""The loop: resuming, signals, stages, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from aura_jax import checkpoint, config, sharding, system
+from aura_jax.errors import UserError
+from aura_jax.train import loop
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(workdir) if "loss" in line}
+
+
+@pytest.fixture
+def two_stages(make_config):
+    """A run of 5 + 5 steps: distil alone, then jointly, augmented, with a text anchor."""
+    c = make_config()
+    c.train.stages.distil = config.stage(5, 1e-2, {"distill": 1.0, "text_anchor": 1.0}, warmup_steps=2)
+    c.train.stages.joint = config.stage(5, 1e-2, {"lm": 1.0, "distill": 1.0}, warmup_steps=2)
+    c.train.schedule = ("distil", "joint")
+    c.data.speeds = (0.9, 1.1)
+    c.data.augment.update(gain_db=(-3.0, 3.0), noise_probability=0.5, freq_masks=1, time_masks=1)
+    return c
+
+
+def test_losses_after_a_resume_are_bit_identical(two_stages, tmp_path):
+    loop.train(two_stages, tmp_path / "whole")
+    two_stages.train.steps = 3
+    assert loop.train(two_stages, tmp_path / "parts").step == 3
+    two_stages.train.steps = 7  # the second stage begins in between
+    loop.train(two_stages, tmp_path / "parts")
+    two_stages.train.steps = 0
+    result = loop.train(two_stages, tmp_path / "parts")
+    assert result.step == 10 and not result.interrupted
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert sorted(losses(tmp_path / "whole")) == list(range(1, 11))
+
+    trained = [checkpoint.load_for_inference(tmp_path / name, "latest")[1]["lora"] for name in ("whole", "parts")]
+    for a, b in zip(*map(jax.tree.leaves, trained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_metrics_have_the_promised_keys(two_stages, tmp_path):
+    two_stages.train.steps = 6
+    loop.train(two_stages, tmp_path / "run")
+    first, last = lines(tmp_path / "run")[0], lines(tmp_path / "run")[-1]
+    shared = {"step", "loss", "loss/distill", "loss/distill/block_00", "grad_norm", "learning_rate", "skipped"}
+    shared |= {"step_seconds", "tokens_per_second", "audio_seconds_per_second"}
+    assert shared | {"loss/text_anchor"} <= set(first) and "loss/lm" not in first
+    assert shared | {"loss/lm"} <= set(last)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_periodic_evaluation_tracks_the_best_checkpoint(make_config, tmp_path):
+    c = make_config()
+    c.data.validation_values = ("af_sky", "af_aoede", "af_alloy")
+    c.train.update(eval_every=2, eval_rows=2, steps=4)
+    loop.train(c, tmp_path / "run")
+    scores = [line for line in lines(tmp_path / "run") if "validation/wer" in line]
+    assert [line["step"] for line in scores] == [2, 4]
+    best = min(line["validation/wer"] for line in scores)
+    manager = checkpoint.Checkpoints(tmp_path / "run", c)
+    meta = manager.best()
+    manager.close()
+    assert meta is not None and meta["validation"]["wer"] == best
+    samples = json.loads((tmp_path / "run" / "validation.jsonl").read_text().splitlines()[0])["samples"]
+    assert samples and set(samples[0]) == {"reference", "hypothesis"}
+
+
+def test_a_merged_stage_trains_the_llm_itself(make_config, tmp_path):
+    c = make_config()
+    c.train.stages.only.steps = 3
+    c.train.stages.merged = config.stage(
+        3, 1e-3, {"lm": 1.0}, merge_lora=True, trainable=(("params/llm/adapted/", 1.0), ("params/embedder/gain", 1.0))
+    )
+    c.train.schedule = ("only", "merged")
+    loop.train(c, tmp_path / "run")
+    built, variables = checkpoint.load_for_inference(tmp_path / "run", "latest")
+    assert "lora" not in variables
+    base = system.load_llm(built, checkpoint.system_mesh(c))
+    moved = variables["params"]["llm"]["adapted"]["attn"]["q"]["kernel"] - base["adapted"]["attn"]["q"]["kernel"]
+    assert float(abs(moved).max()) > 1e-4
+    np.testing.assert_array_equal(
+        variables["params"]["llm"]["plain"]["attn"]["q"]["kernel"], base["plain"]["attn"]["q"]["kernel"]
+    )
+
+
+def test_merge_equals_the_adapted_model(make_config, make_run):
+    from aura_jax.train import objectives
+    from tests.train.conftest import trainable
+
+    built, variables, batch, _ = make_run(make_config())
+    _, trained, frozen = trainable(built, variables)
+    key = jax.random.key(3)
+    noisy = {p: x + 0.05 * jax.random.normal(key, x.shape) if p.startswith("lora") else x for p, x in trained.items()}
+    variables = sharding.join(noisy, frozen)
+    mel, n_frames = objectives.student_mel(built, batch, None)
+    cols = objectives.columns(batch)
+    adapted, _ = built.model.apply({k: variables[k] for k in ("params", "lora")}, cols, mel, n_frames)
+    merged = loop.merge(variables["params"]["llm"], variables["lora"]["llm"], built.model.config.lora)
+    params = {**variables["params"], "llm": merged}
+    plain, _ = built.model.apply({"params": params}, cols, mel, n_frames)
+    base, _ = built.model.apply({"params": variables["params"]}, cols, mel, n_frames)
+    valid = np.asarray(batch.segment_BxT) != 0
+    np.testing.assert_allclose(adapted[valid], plain[valid], atol=2e-5 * float(abs(plain[valid]).max()))
+    assert float(abs(adapted[valid] - base[valid]).max()) > 1e-2
+
+
+def test_another_runs_workdir_is_refused(make_config, tmp_path):
+    c = make_config()
+    c.train.steps = 1
+    loop.train(c, tmp_path / "run")
+    c.lora.rank = 4
+    with pytest.raises(UserError, match=r"another lora\.rank"):
+        loop.train(c, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        loop.train(c, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_rows(make_config, tmp_path):
+    c = make_config()
+    c.train.stages.only.learning_rate = 1e30
+    with pytest.raises(UserError, match="not finite 2 steps in a row"):
+        loop.train(c, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()[0])
+    assert all("train.jsonl:" in row for row in record["rows"]) and len(record["rows"]) == 4
+
+
+def test_a_corrupt_checkpoint_is_noticed(make_config, tmp_path):
+    c = make_config()
+    c.train.steps = 1
+    loop.train(c, tmp_path / "run")
+    data = max((tmp_path / "run" / "checkpoints" / "1" / "own").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    for i in range(len(content) // 3, len(content) // 3 + 64):
+        content[i] ^= 0xFF
+    data.write_bytes(bytes(content))
+    c.train.steps = 2
+    with pytest.raises(UserError, match=r"cannot be restored|corrupt"):
+        loop.train(c, tmp_path / "run")
+
+
+def test_other_base_weights_are_refused(make_config, tmp_path):
+    from aura_jax.convert import random_models
+
+    c = make_config()
+    c.train.steps = 1
+    model = tmp_path / "llm"
+    model.mkdir()
+    random_models.build_llama(model, seed=5)
+    c.model.llm = str(model)
+    loop.train(c, tmp_path / "run")
+    for path in model.iterdir():
+        path.unlink()
+    random_models.build_llama(model, seed=6)
+    c.train.steps = 2
+    with pytest.raises(UserError, match="another llm"):
+        loop.train(c, tmp_path / "run")
+    with pytest.raises(UserError, match="not the LLM"):
+        checkpoint.load_for_inference(tmp_path / "run", "latest")
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from aura_jax import config
+from aura_jax.train import loop
+c = config.from_json(Path(sys.argv[1]))
+result = loop.train(c, Path(sys.argv[2]))
+sys.exit(loop.RESUME_EXIT_CODE if result.interrupted else 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first_and_the_same_command_resumes(make_config, tmp_path, number):
+    c = make_config()
+    c.train.stages.only.steps = 400
+    (tmp_path / "c.json").write_text(config.to_json(c))
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "c.json"), str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 300
+    while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == loop.RESUME_EXIT_CODE, errors
+    assert "saved at step" in errors
+    done = max(losses(tmp_path / "run"))
+    c.train.steps = done + 2
+    result = loop.train(c, tmp_path / "run")
+    assert result.step == done + 2
+    assert sorted(losses(tmp_path / "run")) == list(range(1, done + 3))
