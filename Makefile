@@ -15,10 +15,10 @@ quickstart: $(VENV)/core
 	$(BIN)/aura-jax quickstart
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -347,6 +347,7 @@ def validate(c: Config) -> None:
         raise UserError("model.llm is empty: name a directory, an asset (aura-jax assets list) or hf://owner/name")
     if not c.train.schedule:
         raise UserError("train.schedule is empty: name the stages of train.stages in order")
+    merged = False
     for name in c.train.schedule:
         if name not in c.train.stages:
             raise UserError(f"train.schedule names stage {name!r}: {nearest(name, c.train.stages.keys())}")
@@ -363,7 +364,13 @@ def validate(c: Config) -> None:
             raise UserError(f"train.stages.{name}.objectives: every weight is 0")
         if "distill" in active and not c.model.teacher:
             raise UserError(f"train.stages.{name} distils, but model.teacher is empty: name a Whisper")
+        merged = merged or c.train.stages[name].merge_lora
         if set(active) & {"text_anchor", "text_kd"}:
+            if merged:
+                raise UserError(
+                    f"train.stages.{name} anchors text to the LLM without adapters, which merge_lora ended: "
+                    "set text_anchor and text_kd to 0"
+                )
             if not c.data.text_pool:
                 raise UserError(f"train.stages.{name} uses text, but data.text_pool is empty: name a JSON lines file")
             if c.lora.scope == "audio":

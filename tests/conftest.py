@@ -35,15 +35,6 @@ def tiny_whisper_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_multilingual_whisper_dir(tmp_path_factory) -> Path:
-    """As `tiny_whisper_dir`, with language and task tokens."""
-    path = tmp_path_factory.mktemp("tiny") / "whisper-multilingual"
-    path.mkdir()
-    random_models.build_whisper(path, seed=1, multilingual=True)
-    return path
-
-
-@pytest.fixture(scope="session")
 def tiny_config(tiny_llm_dir, tiny_whisper_dir) -> Callable[[], config.Config]:
     """Makes configs of a run on the random models; each call returns a fresh one."""
 
@@ -73,13 +64,20 @@ def random_variables() -> Callable[[system.System], dict]:
 
 
 @pytest.fixture(scope="session")
-def tiny_workdir(tiny_config, random_variables, tmp_path_factory) -> Path:
+def tiny_loaded(tiny_config, random_variables) -> tuple[system.System, dict]:
+    """The system of `tiny_config()` and its variables, for reading only: shared, because drawing them takes seconds."""
+    built = system.build(tiny_config())
+    return built, random_variables(built)
+
+
+@pytest.fixture(scope="session")
+def tiny_workdir(tiny_loaded, tmp_path_factory) -> Path:
     """A workdir as training leaves it, for reading only: the random models, adapters that do something."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     workdir.mkdir()
-    c = tiny_config()
+    built, variables = tiny_loaded
+    c = built.config
     (workdir / "config.json").write_text(config.to_json(c))
-    variables = random_variables(system.build(c))
     own = {p: x for p, x in sharding.flatten(variables).items() if not p.startswith("params/llm/")}
     checkpoints = checkpoint.Checkpoints(workdir, c)
     fingerprint = checkpoint.fingerprint(variables["params"]["llm"])

@@ -182,7 +182,7 @@ for axes in ((2, 2, 2), (1, -1, 1)):
     placed = jax.device_put(variables, sharding.tree_shardings(variables, mesh))
     rows = sharding.batch_sharding(mesh)
     shards = sharding.flatten(placed)["params/adapted/mlp/up/kernel"].addressable_shards
-    assert len({shard.index for shard in shards}) == mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert len({str(shard.index) for shard in shards}) == mesh.shape["fsdp"] * mesh.shape["tensor"]
     batch = jax.device_put((tokens, ctx), rows)
     with jax.set_mesh(mesh):
         got = jax.device_get(jax.block_until_ready(jax.jit(step)(placed, *batch)))

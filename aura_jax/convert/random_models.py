@@ -99,19 +99,27 @@ def build_llama(output: Path, *, seed: int = 0, n_blocks: int = 4, width: int = 
 
 
 def build_whisper(
-    output: Path, *, seed: int = 0, n_blocks: int = 2, width: int = 32, mlp_width: int = 64, multilingual: bool = False
+    output: Path,
+    *,
+    seed: int = 0,
+    n_blocks: int = 2,
+    width: int = 32,
+    mlp_width: int = 64,
+    window_seconds: int = 30,
+    multilingual: bool = False,
 ) -> None:
     """Writes a random Whisper with 80 mel bins, 2 heads, and as many decoder blocks as encoder blocks.
 
     Args:
       output: an existing directory.
       seed: of the weights.
+      window_seconds: what the encoder's positions cover.
       multilingual: with language tokens and the task token, as Whisper's models without ".en" have.
     """
     special = (*_WHISPER_SPECIAL, *(_WHISPER_LANGUAGES if multilingual else ()), *_WHISPER_TASKS)
     tokenizer = _tokenizer(special, first=False)
     ids = tokenizer.get_vocab()
-    vocab, n_mels, n_positions, n_target_positions = tokenizer.get_vocab_size(), 80, 1500, 448
+    vocab, n_mels, n_positions, n_target_positions = tokenizer.get_vocab_size(), 80, 50 * window_seconds, 448
     draw = _Draw(seed)
     tensors = {
         **draw.affine("model.encoder.conv1", width, n_mels, 3),
@@ -180,9 +188,9 @@ def build_whisper(
         "sampling_rate": 16000,
         "n_fft": 400,
         "hop_length": 160,
-        "chunk_length": 30,
-        "n_samples": 480000,
-        "nb_max_frames": 3000,
+        "chunk_length": window_seconds,
+        "n_samples": 16000 * window_seconds,
+        "nb_max_frames": 100 * window_seconds,
         "padding_side": "right",
         "padding_value": 0.0,
         "return_attention_mask": False,

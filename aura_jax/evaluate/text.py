@@ -21,7 +21,7 @@ from aura_jax import losses
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
 from aura_jax.infer.generate import Generator, Request
-from aura_jax.models.speech_llm import SpeechLLM, text_context
+from aura_jax.models.speech_llm import text_context
 from aura_jax.system import System
 
 _ROWS = 4
@@ -121,7 +121,7 @@ def _json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))
 def _loss(
-    variables: Mapping[str, Any], tokens_BxT: jax.Array, weight_BxT: jax.Array, *, model: SpeechLLM, chunk: int
+    variables: Mapping[str, Any], tokens_BxT: jax.Array, weight_BxT: jax.Array, *, model: Any, chunk: int
 ) -> losses.SumCount:
     """Returns the cross-entropy in nats summed over the tokens of weight 1, each given those before it."""
     position_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)

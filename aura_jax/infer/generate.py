@@ -25,7 +25,7 @@ from aura_jax.data.assemble import Example, assemble
 from aura_jax.data.plan import Shape
 from aura_jax.errors import UserError
 from aura_jax.models.llm import Cache, Context
-from aura_jax.models.speech_llm import Columns, SpeechLLM, text_context
+from aura_jax.models.speech_llm import Columns, text_context
 from aura_jax.system import System
 
 # Where LoRA acts on the tokens of a request. "off": the model is the base LLM, bit by bit.
@@ -292,7 +292,7 @@ def _prefill(
     inputs: _Inputs,
     *,
     normalisation: str,
-    model: SpeechLLM,
+    model: Any,
     mesh: jax.sharding.Mesh | None,
     lora: str,
     n_new: int,
@@ -316,7 +316,8 @@ def _prefill(
         if lora == _EVERYWHERE:
             ctx = ctx.replace(lora_mask_BxT=None)  # all tokens of a spoken request, so no select
     n_rows, n_columns = columns.tokens_BxT.shape
-    ctx = ctx.replace(k_segment_BxS=jnp.pad(columns.segment_BxT, ((0, 0), (0, n_new))), cache_start=jnp.int32(0))
+    k_segment_BxS = jnp.pad(columns.segment_BxT, ((0, 0), (0, n_new)))
+    ctx = dataclasses.replace(ctx, k_segment_BxS=k_segment_BxS, cache_start=jnp.int32(0))
     cache = Cache.zeros(model.config.llm, n_rows, n_columns + n_new, model.dtype)
     x_BxTxD, cache, _ = model.apply(visible, x_BxTxD, ctx, cache, method="adapted_blocks")
     h_BxTxD, cache = model.apply(visible, x_BxTxD, ctx, cache, method="plain_blocks")
@@ -324,7 +325,7 @@ def _prefill(
     return cache, _best_token(model, visible, h_BxD)
 
 
-def _best_token(model: SpeechLLM, visible: Mapping[str, Any], h_BxD: jax.Array) -> jax.Array:
+def _best_token(model: Any, visible: Mapping[str, Any], h_BxD: jax.Array) -> jax.Array:
     logits_BxV = model.apply(visible, h_BxD, method="logits")
     return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
 
@@ -338,7 +339,7 @@ def _decode(
     segment_BxS: jax.Array,
     stop_ids: jax.Array,
     *,
-    model: SpeechLLM,
+    model: Any,
     mesh: jax.sharding.Mesh | None,
     lora: str,
     n_new: int,

@@ -159,7 +159,8 @@ def sums(
     """
     out: dict[str, jax.Array] = {}
     blocks: dict[str, jax.Array] = {}
-    student = {"params": variables["params"], "lora": variables["lora"]}
+    # After a merged stage there is no `lora`.
+    student = {name: variables[name] for name in ("params", "lora") if name in variables}
     if active & SPEECH:
         out, blocks = _speech_sums(system, variables, student, batch, active, keys_BxK, statistics)
     if active & TEXT:

@@ -20,7 +20,9 @@ WINDOW = 30 * features.SAMPLE_RATE
 def real_clips(per_set: int = 4) -> list[np.ndarray]:
     """Every manifest's clips, evenly chosen: synthetic commands and real recordings."""
     clips = []
-    for manifest in sorted(SAMPLES.glob("*/*.jsonl")):
+    for manifest in sorted(
+        path for folder in ("commands", "recordings") for path in (SAMPLES / folder).glob("*.jsonl")
+    ):
         rows = [json.loads(line) for line in manifest.read_text().splitlines()]
         clips += [load_audio(manifest.parent / row["audio"]) for row in rows[:: len(rows) // per_set]]
     assert len(clips) >= 6 * per_set

@@ -20,21 +20,15 @@ LINES = """\
 """
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_config, random_variables):
-    system = system_lib.build(tiny_config())
-    return system, random_variables(system)
-
-
 @pytest.fixture
-def rows(tmp_path, loaded):
+def rows(tmp_path, tiny_loaded):
     path = tmp_path / "text.jsonl"
     path.write_text(LINES)
-    return load_heldout(path, loaded[0].chat)
+    return load_heldout(path, tiny_loaded[0].chat)
 
 
-def test_of_a_conversation_the_assistant_s_words_count(loaded, rows):
-    tokenizer = loaded[0].tokenizer
+def test_of_a_conversation_the_assistant_s_words_count(tiny_loaded, rows):
+    tokenizer = tiny_loaded[0].tokenizer
     assert [row.kind for row in rows] == ["prose", "chat", "chat"]
     said = [tokenizer.decode(row.tokens[row.first_target :]) for row in rows]
     assert said[1:] == ["Done.<|im_end|>", "You are welcome.<|im_end|>"]
@@ -42,16 +36,16 @@ def test_of_a_conversation_the_assistant_s_words_count(loaded, rows):
     assert rows[0].first_target == 1
 
 
-def test_long_text_is_cut_into_pieces(tmp_path, loaded):
+def test_long_text_is_cut_into_pieces(tmp_path, tiny_loaded):
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "' + "Turn on the lights. " * 200 + '"}\n')
-    rows = load_heldout(path, loaded[0].chat)
+    rows = load_heldout(path, tiny_loaded[0].chat)
     assert len(rows) > 1 and all(len(row.tokens) <= 256 for row in rows)
-    assert sum(len(row.tokens) for row in rows) == len(loaded[0].chat.text("Turn on the lights. " * 200))
+    assert sum(len(row.tokens) for row in rows) == len(tiny_loaded[0].chat.text("Turn on the lights. " * 200))
 
 
-def test_losses_are_the_models(loaded, rows):
-    system, variables = loaded
+def test_losses_are_the_models(tiny_loaded, rows):
+    system, variables = tiny_loaded
     model = system.model
     found = compare_text(system, variables, rows, progress=False)
 
@@ -65,27 +59,26 @@ def test_losses_are_the_models(loaded, rows):
         return jax.nn.log_softmax(model.apply(variables, h, method="logits"))[0]
 
     row = rows[0]
-    for name, visible in (("base", {"params": variables["params"]}), ("adapted", variables)):
-        table = log_probs(visible, jnp.array([row.tokens]))
-        expected = -sum(float(table[i - 1, row.tokens[i]]) for i in range(1, len(row.tokens))) / (len(row.tokens) - 1)
-        assert found["prose"][name] == pytest.approx(expected, rel=1e-5)
+    table = log_probs(variables, jnp.array([row.tokens]))
+    expected = -sum(float(table[i - 1, row.tokens[i]]) for i in range(1, len(row.tokens))) / (len(row.tokens) - 1)
+    assert found["prose"]["adapted"] == pytest.approx(expected, rel=1e-5)
     assert found["prose"]["tokens"] == len(row.tokens) - 1
     assert found["chat"]["tokens"] == sum(len(r.tokens) - r.first_target for r in rows[1:])
     assert found["all"]["tokens"] == found["prose"]["tokens"] + found["chat"]["tokens"]
     assert found["all"]["rise"] == pytest.approx(found["all"]["adapted"] - found["all"]["base"])
-    assert abs(found["prose"]["rise"]) > 1e-3  # the adapters do something
+    assert abs(found["prose"]["rise"]) > 1e-3  # the adapters do something, so the base is another model
 
 
-def test_under_plora_text_is_untouched(tiny_config, loaded, rows):
+def test_under_plora_text_is_untouched(tiny_config, tiny_loaded, rows):
     config = tiny_config()
     config.lora.scope = "audio"
     system = system_lib.build(config)
     prose = rows[:1]
-    on = text_loss(system, loaded[1], prose, adapters=True, progress=False)
-    assert on == text_loss(system, loaded[1], prose, adapters=False, progress=False)
+    on = text_loss(system, tiny_loaded[1], prose, adapters=True, progress=False)
+    assert on == text_loss(system, tiny_loaded[1], prose, adapters=False, progress=False)
 
 
-def test_questions(tmp_path, loaded, monkeypatch):
+def test_questions(tmp_path, tiny_loaded, monkeypatch):
     path = tmp_path / "questions.jsonl"
     lines = [{"prompt": "What is 2 + 2?", "patterns": [r"\b4\b", "four"]}, {"prompt": "Where?", "patterns": ["paris"]}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -97,7 +90,7 @@ def test_questions(tmp_path, loaded, monkeypatch):
         ]
 
     monkeypatch.setattr(Generator, "generate", answers)
-    found = ask(*loaded, load_questions(path))
+    found = ask(*tiny_loaded, load_questions(path))
     assert (found["n"], found["base"], found["adapted"]) == (2, 1, 1)
     assert found["answers"][1] == {
         "question": "Where?",
@@ -118,11 +111,11 @@ def test_questions(tmp_path, loaded, monkeypatch):
         ("{\n", "text.jsonl:1: not JSON"),
     ],
 )
-def test_bad_text_says_where(tmp_path, loaded, text, match):
+def test_bad_text_says_where(tmp_path, tiny_loaded, text, match):
     path = tmp_path / "text.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=match):
-        load_heldout(path, loaded[0].chat)
+        load_heldout(path, tiny_loaded[0].chat)
 
 
 @pytest.mark.parametrize(

@@ -27,32 +27,36 @@ CONFIG = LLMConfig(
 )
 LORA = LoRAConfig(n_blocks=2, rank=3, alpha=6.0)
 B, T = 2, 10
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab, (B, T)))
-POSITION, ONES = jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), jnp.int32)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab, (B, T))
+CAUSAL = jax.device_get(text_context(jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), jnp.int32)))
 
 
-def touch_everything(llm: LLM, tokens_BxT: jax.Array = TOKENS):
-    shape = tokens_BxT.shape
-    ctx = text_context(jnp.broadcast_to(jnp.arange(shape[1]), shape), jnp.ones(shape, jnp.int32))
+def touch_everything(llm: LLM, tokens_BxT: jax.Array, ctx: Context):
     h_BxTxD, _, taps = llm(llm.embed(tokens_BxT), ctx)
     return llm.logits(h_BxTxD), taps
+
+
+@functools.partial(jax.jit, static_argnames="llm")
+def forward(llm: LLM, variables, tokens_BxT=TOKENS, ctx=CAUSAL):
+    """Returns logits [B, T, V] and the taps."""
+    return llm.apply(variables, tokens_BxT, ctx, method=touch_everything)
 
 
 @functools.cache
 def draw(config: LLMConfig = CONFIG, lora: LoRAConfig | None = LORA) -> dict:
     """Random variables whose norms, biases and B are not what they start as."""
     keys = {"params": jax.random.key(0), "lora": jax.random.key(1)}
-    abstract = jax.eval_shape(lambda: LLM(config, lora).init(keys, method=touch_everything))
+    abstract = jax.eval_shape(lambda: LLM(config, lora).init(keys, TOKENS, CAUSAL, method=touch_everything))
     leaves, tree = jax.tree.flatten(abstract)
     random = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype) for x in leaves])
+    return jax.tree.unflatten(tree, [(0.3 * random.normal(size=x.shape)).astype(np.float32) for x in leaves])
 
 
 def restack(variables: dict, n_adapted: int) -> dict:
     """Moves blocks between the two stacks: without adapters."""
     params = dict(variables["params"])
     stacks = [params.pop(name) for name in ("adapted", "plain") if name in params]
-    blocks = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
+    blocks = jax.tree.map(lambda *x: np.concatenate(x), *stacks)
     params |= {"adapted": jax.tree.map(lambda x: x[:n_adapted], blocks)} if n_adapted else {}
     params |= {"plain": jax.tree.map(lambda x: x[n_adapted:], blocks)} if n_adapted < CONFIG.n_blocks else {}
     return {"params": params}
@@ -80,7 +84,7 @@ def test_the_tree_has_the_documented_paths_and_shapes():
 
 def test_stored_dtypes_are_param_dtype_but_float32_for_adapters():
     init = lambda: LLM(CONFIG, LORA, jnp.bfloat16, jnp.bfloat16).init(
-        {"params": jax.random.key(0), "lora": jax.random.key(0)}, method=touch_everything
+        {"params": jax.random.key(0), "lora": jax.random.key(0)}, TOKENS, CAUSAL, method=touch_everything
     )
     abstract = jax.eval_shape(init)
     assert {x.dtype for x in jax.tree.leaves(abstract["params"])} == {jnp.dtype(jnp.bfloat16)}
@@ -89,63 +93,74 @@ def test_stored_dtypes_are_param_dtype_but_float32_for_adapters():
 
 @pytest.mark.parametrize("n_adapted", [0, 1, 4])
 def test_how_blocks_are_stacked_changes_nothing(n_adapted):
-    expected, _ = LLM(CONFIG, LORA).apply({"params": draw()["params"]}, method=touch_everything)
+    expected, _ = forward(LLM(CONFIG, LORA), {"params": draw()["params"]})
     lora = dataclasses.replace(LORA, n_blocks=n_adapted) if n_adapted else None
     llm = LLM(CONFIG, lora, tap=lambda h_BxTxD, block, args: block)
-    logits, taps = llm.apply(restack(draw(), n_adapted), method=touch_everything)
+    logits, taps = forward(llm, restack(draw(), n_adapted))
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     # Only adapted blocks are tapped, and they know which they are.
     assert taps is None if n_adapted == 0 else taps.tolist() == list(range(n_adapted))
 
 
-@pytest.mark.parametrize("chunks", [(10,), (6, 1, 1, 1, 1), (4, 6)])
-def test_decoding_with_a_cache_equals_the_full_forward(chunks):
-    """Row 1 is left-padded by 3; the cache has 5 columns more than are ever used."""
-    n_padding = jnp.array([[0], [3]])
-    segment = (jnp.arange(T) >= n_padding).astype(jnp.int32)
-    position = jnp.maximum(jnp.arange(T) - n_padding, 0)
-    llm, variables = LLM(CONFIG, LORA), draw()
-    forward = lambda llm: llm.logits(llm(llm.embed(TOKENS), text_context(position, segment))[0])
-    expected = llm.apply(variables, method=forward)
+N_PADDING = np.array([[0], [3]])  # row 1 is left-padded
+PADDED = Context(
+    position_BxT=np.maximum(np.arange(T) - N_PADDING, 0),
+    k_end_BxT=CAUSAL.k_end_BxT,
+    q_segment_BxT=(np.arange(T) >= N_PADDING).astype(np.int32),
+    k_segment_BxS=(np.arange(T) >= N_PADDING).astype(np.int32),
+)
 
-    @functools.partial(jax.jit, static_argnames="n")
-    def step(cache, start, n):
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, n, axis=1)
-        k_end = jnp.broadcast_to(start + jnp.arange(n) + 1, (B, n))
-        k_segment = jnp.pad(segment, ((0, 0), (0, 5)), constant_values=1)
-        ctx = Context(cut(position), k_end, cut(segment), k_segment, cache_start=start)
 
-        def read(llm: LLM):
-            h, cache_after, _ = llm(llm.embed(cut(TOKENS)), ctx, cache)
-            return llm.logits(h), cache_after
+@jax.jit
+def read_with_cache(tokens_Bxt, ctx: Context, cache: Cache):
+    """Reads a few tokens into the cache; returns their logits."""
 
-        return llm.apply(variables, method=read)
+    def run(llm: LLM):
+        h_BxtxD, cache_after, _ = llm(llm.embed(tokens_Bxt), ctx, cache)
+        return llm.logits(h_BxtxD), cache_after
 
-    cache, start, logits = Cache.zeros(CONFIG, B, T + 5, jnp.float32), 0, []
-    for n in chunks:
-        out, cache = step(cache, jnp.int32(start), n)
+    return LLM(CONFIG, LORA).apply(draw(), method=run)
+
+
+@pytest.mark.parametrize("pieces", [(6, 1, 1, 1, 1), (1, 1, 1, 1, 6)])
+def test_decoding_with_a_cache_equals_the_full_forward(pieces):
+    """The cache has 5 columns more than are ever used."""
+    expected = np.asarray(forward(LLM(CONFIG, LORA), draw(), TOKENS, PADDED)[0])
+    cache, logits, start = Cache.zeros(CONFIG, B, T + 5, jnp.float32), [], 0
+    for n in pieces:
+        here = slice(start, start + n)
+        ctx = Context(
+            position_BxT=PADDED.position_BxT[:, here],
+            k_end_BxT=PADDED.k_end_BxT[:, here],
+            q_segment_BxT=PADDED.q_segment_BxT[:, here],
+            k_segment_BxS=np.pad(PADDED.k_segment_BxS, ((0, 0), (0, 5)), constant_values=1),
+            cache_start=np.int32(start),
+        )
+        out, cache = read_with_cache(TOKENS[:, here], ctx, cache)
         logits.append(out)
         start += n
-    valid = np.asarray(segment) > 0
+    valid = PADDED.q_segment_BxT > 0
     np.testing.assert_allclose(np.concatenate(logits, 1)[valid], expected[valid], rtol=1e-5, atol=2e-5)
-    assert not np.any(cache.k_LxBxSxGxK[:, :, T:]) and np.all(np.any(cache.k_LxBxSxGxK[:, :, :T], axis=(3, 4)))
+    keys = np.asarray(cache.k_LxBxSxGxK)
+    assert not keys[:, :, T:].any() and keys[:, :, :T].any(axis=(3, 4)).all()
 
 
 def test_remat_changes_memory_and_not_the_gradients():
     config = dataclasses.replace(CONFIG, n_blocks=6, vocab=16)
-    lora = LoRAConfig(n_blocks=4, rank=2, alpha=2.0)
+    lora = LoRAConfig(n_blocks=6, rank=2, alpha=2.0, targets=("q", "down"))
     variables = draw(config, lora)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 16, (4, 64)))
+    tokens = np.random.default_rng(1).integers(0, 16, (4, 64))
+    ctx = text_context(jnp.tile(jnp.arange(64), (4, 1)), jnp.ones((4, 64), jnp.int32))
     values, grads, temp = {}, {}, {}
     for remat in ("none", "dots", "full"):
         llm = LLM(config, lora, remat=remat)
 
         def loss(lora_tree, llm=llm):
-            logits, _ = llm.apply(variables | {"lora": lora_tree}, tokens, method=touch_everything)
+            logits, _ = llm.apply(variables | {"lora": lora_tree}, tokens, ctx, method=touch_everything)
             return jnp.mean(jax.nn.log_softmax(logits)[..., 0] ** 2)
 
         compiled = jax.jit(jax.value_and_grad(loss)).lower(variables["lora"]).compile()
-        values[remat], grads[remat] = compiled(variables["lora"])
+        values[remat], grads[remat] = jax.device_get(compiled(variables["lora"]))
         temp[remat] = compiled.memory_analysis().temp_size_in_bytes
     for remat in ("dots", "full"):
         np.testing.assert_allclose(values[remat], values["none"], rtol=1e-6)
@@ -155,57 +170,41 @@ def test_remat_changes_memory_and_not_the_gradients():
 
 
 def test_neighbours_in_a_row_change_no_bit():
-    segment = jnp.asarray([[1] * 4 + [2] * 5 + [0]] * B)
-    position = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0]] * B)
-    llm = LLM(CONFIG, LORA)
-
-    @jax.jit
-    def run(tokens):
-        return llm.apply(draw(), method=lambda llm: llm(llm.embed(tokens), text_context(position, segment))[0])
-
-    before, after = run(TOKENS), run(TOKENS.at[:, :4].add(1).at[:, 9].add(1))
-    np.testing.assert_array_equal(after[:, 4:9], before[:, 4:9])
-    assert np.all(np.any(np.asarray(after[:, :4] != before[:, :4]), axis=-1))
-
-
-def test_logits_at_some_columns_are_those_of_all():
-    columns = jnp.array([[1, 7], [9, 0]])
-    everywhere, _ = LLM(CONFIG, LORA).apply(draw(), method=touch_everything)
-
-    def at_targets(llm: LLM):
-        h_BxTxD, _, _ = llm(llm.embed(TOKENS), text_context(POSITION, ONES))
-        return llm.logits(jnp.take_along_axis(h_BxTxD, columns[:, :, None], axis=1))
-
-    logits = LLM(CONFIG, LORA).apply(draw(), method=at_targets)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(
-        logits, jnp.take_along_axis(everywhere, columns[:, :, None], axis=1), rtol=1e-5, atol=1e-5
+    segment = np.array([[1] * 4 + [2] * 5 + [0]] * B)
+    ctx = PADDED.replace(
+        position_BxT=np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0]] * B), q_segment_BxT=segment, k_segment_BxS=segment
     )
+    before = np.asarray(forward(LLM(CONFIG, LORA), draw(), TOKENS, ctx)[0])
+    changed = TOKENS.copy()
+    changed[:, [0, 1, 2, 3, 9]] = (changed[:, [0, 1, 2, 3, 9]] + 1) % CONFIG.vocab
+    after = np.asarray(forward(LLM(CONFIG, LORA), draw(), changed, ctx)[0])
+    np.testing.assert_array_equal(after[:, 4:9], before[:, 4:9])
+    assert (after[:, :4] != before[:, :4]).any(-1).all()
 
 
-def test_a_tap_sees_its_columns_and_arguments_after_each_adapted_block():
-    """And what the two halves return is what the whole returns."""
-    columns = jnp.array([[3, 1, 0], [9, 9, 2]])
-    tap = lambda h_BxQxD, block, args: (h_BxQxD, args["bias"][block])
-    llm, bias = LLM(CONFIG, LORA, tap=tap), jnp.array([5.0, 7.0])
+def test_parts_give_what_the_whole_gives():
+    """Adapted and plain blocks, logits at some columns, and a tap that sees some columns and its arguments."""
+    columns, bias = np.array([[3, 1, 0], [9, 9, 2]]), jnp.array([5.0, 7.0])
+    llm = LLM(CONFIG, LORA, tap=lambda h_BxQxD, block, args: (h_BxQxD, args["bias"][block]))
 
-    def run(llm: LLM, columns_BxQ):
-        ctx = text_context(POSITION, ONES).replace(tap_position_BxQ=columns_BxQ)
-        x_BxTxD, _, (states, seen) = llm.adapted_blocks(llm.embed(TOKENS), ctx, tap_args={"bias": bias})
-        return (
-            x_BxTxD,
-            states,
-            seen,
-            llm.plain_blocks(x_BxTxD, ctx)[0],
-            llm(llm.embed(TOKENS), ctx, None, {"bias": bias}),
-        )
+    def run(llm: LLM):
+        some = CAUSAL.replace(tap_position_BxQ=columns)
+        x_BxTxD, _, taps = llm.adapted_blocks(llm.embed(TOKENS), CAUSAL, tap_args={"bias": bias})
+        h_BxTxD, _ = llm.plain_blocks(x_BxTxD, CAUSAL)
+        whole_BxTxD, _, taps_at_some = llm(llm.embed(TOKENS), some, None, {"bias": bias})
+        at_targets = llm.logits(jnp.take_along_axis(h_BxTxD, columns[:, :, None], axis=1))
+        return x_BxTxD, h_BxTxD, whole_BxTxD, taps, taps_at_some, at_targets, llm.logits(h_BxTxD)
 
-    x_BxTxD, states, seen, h_BxTxD, whole = llm.apply(draw(), None, method=run)
+    out = jax.device_get(jax.jit(lambda: llm.apply(draw(), method=run))())
+    x_BxTxD, h_BxTxD, whole_BxTxD, (states, seen), (some_states, _), at_targets, everywhere = out
+    np.testing.assert_allclose(whole_BxTxD, h_BxTxD, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(seen, bias)
     np.testing.assert_array_equal(states[1], x_BxTxD)
-    np.testing.assert_allclose(whole[0], h_BxTxD, rtol=1e-5, atol=1e-6)
-    _, some, _, _, _ = llm.apply(draw(), columns, method=run)
-    np.testing.assert_allclose(some, jnp.take_along_axis(states, columns[None, :, :, None], axis=2), rtol=1e-6)
+    np.testing.assert_allclose(
+        some_states, np.take_along_axis(states, columns[None, :, :, None], 2), rtol=1e-5, atol=1e-6
+    )
+    assert at_targets.dtype == np.float32
+    np.testing.assert_allclose(at_targets, np.take_along_axis(everywhere, columns[:, :, None], 1), rtol=1e-5, atol=1e-5)
 
 
 HF = dict(
@@ -250,4 +249,4 @@ def test_variants_that_would_differ_silently_are_refused(changes, message):
 def test_adapting_more_blocks_than_there_are_is_an_error(n_blocks):
     llm = LLM(CONFIG, dataclasses.replace(LORA, n_blocks=n_blocks))
     with pytest.raises(UserError, match=f"lora.n_blocks is {n_blocks}, but the LLM has 4 blocks"):
-        jax.eval_shape(lambda: llm.init({"params": jax.random.key(0)}, method=touch_everything))
+        jax.eval_shape(lambda: llm.init(jax.random.key(0), TOKENS, CAUSAL, method=touch_everything))

@@ -14,7 +14,6 @@ from aura_jax import assets
 from aura_jax.convert import hf
 from aura_jax.models.llm import LLM, Context
 from aura_jax.models.lora import LoRAConfig
-from aura_jax.models.speech_llm import text_context
 
 PARITY = 1e-4
 N_BLOCKS, N_ADAPTED = 3, 2
@@ -43,11 +42,10 @@ LLAMA3_ROPE = dict(
 # What each case differs in; the config class names the family.
 CASES = {
     "llama": (transformers.LlamaConfig, {}),
-    "llama, tied": (transformers.LlamaConfig, dict(tie_word_embeddings=True)),
-    "llama, grouped": (transformers.LlamaConfig, dict(num_key_value_heads=2)),
-    "llama, one kv head": (transformers.LlamaConfig, dict(num_key_value_heads=1)),
-    "llama, wide heads": (transformers.LlamaConfig, dict(head_dim=12, num_key_value_heads=2)),
-    "llama 3 scaled rope": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE, num_key_value_heads=2)),
+    "llama 3, grouped, wide heads": (
+        transformers.LlamaConfig,
+        dict(rope_parameters=LLAMA3_ROPE, num_key_value_heads=2, head_dim=12),
+    ),
     "smollm2": (
         transformers.LlamaConfig,
         dict(
@@ -59,14 +57,23 @@ CASES = {
             rope_parameters=dict(rope_type="default", rope_theta=100000.0),
         ),
     ),
-    "qwen2": (transformers.Qwen2Config, dict(num_key_value_heads=2)),
-    "qwen2, tied": (transformers.Qwen2Config, dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=2, head_dim=8)),
-    "qwen3, wide heads, tied": (
+    "qwen2, grouped": (transformers.Qwen2Config, dict(num_key_value_heads=2)),
+    "qwen3, grouped, wide heads, tied": (
         transformers.Qwen3Config,
         dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
     ),
 }
+MORE_CASES = {
+    "llama, tied, one kv head": (transformers.LlamaConfig, dict(num_key_value_heads=1, tie_word_embeddings=True)),
+    "llama, narrow heads": (transformers.LlamaConfig, dict(head_dim=4, num_key_value_heads=2)),
+    "llama 3, tied": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
+    "qwen2, tied": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen2, one kv head": (transformers.Qwen2Config, dict(num_key_value_heads=1)),
+    "qwen3": (transformers.Qwen3Config, dict(head_dim=8)),
+    "qwen3, one kv head": (transformers.Qwen3Config, dict(head_dim=12, num_key_value_heads=1)),
+}
+# Fast cases, and the rest of the options.
+EVERY_CASE = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)]
 
 
 def relative(a, b) -> float:
@@ -76,10 +83,19 @@ def relative(a, b) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """Models this small run faster in one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def save(directory, case: str):
     """Writes the case's random transformers model and returns it."""
     torch.manual_seed(0)
-    kind, changes = CASES[case]
+    kind, changes = (CASES | MORE_CASES)[case]
     model = transformers.AutoModelForCausalLM.from_config(kind(**(SIZES | changes)), dtype=torch.float32).eval()
     with torch.no_grad():  # norms and biases start at 1 and 0, which would hide a mix-up
         for parameter in model.parameters():
@@ -88,121 +104,126 @@ def save(directory, case: str):
     return model
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Returns a function: case -> (torch model, our config, our variables), each made once."""
-
-    @functools.cache
-    def make(case: str):
-        directory = tmp_path_factory.mktemp("llm")
-        model = save(directory, case)
-        config = hf.load_llm_config(directory)
-        return model, config, {"params": hf.load_llm(directory, config, n_adapted=N_ADAPTED, dtype=jnp.float32)}
-
-    return make
-
-
-def ours(config, variables, tokens_BxT, position_BxT, segment_BxT, dtype=jnp.float32):
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def forward(config, variables, tokens_BxT, ctx, dtype=jnp.float32):
     """Returns logits [B, T, V], and the output of each adapted block [N, B, T, D]."""
     lora = LoRAConfig(n_blocks=N_ADAPTED, rank=1, alpha=1.0)  # without the collection: the plain model
     llm = LLM(config, lora, dtype, tap=lambda h_BxTxD, block, args: h_BxTxD)
 
-    @jax.jit
-    def run(variables, tokens_BxT, position_BxT, segment_BxT):
-        def forward(llm: LLM):
-            h_BxTxD, _, taps = llm(llm.embed(tokens_BxT), text_context(position_BxT, segment_BxT))
-            return llm.logits(h_BxTxD), taps
+    def run(llm: LLM):
+        h_BxTxD, _, taps = llm(llm.embed(tokens_BxT), ctx)
+        return llm.logits(h_BxTxD), taps
 
-        return llm.apply(variables, method=forward)
-
-    return run(variables, *(jnp.asarray(x, jnp.int32) for x in (tokens_BxT, position_BxT, segment_BxT)))
+    return llm.apply(variables, method=run)
 
 
-def theirs(model, tokens_BxT, position_BxT, attended_BxT=None):
-    """Returns logits [B, T, V] and `hidden_states`."""
-    mask = None if attended_BxT is None else torch.tensor(attended_BxT, dtype=torch.int64)
+def ours(config, variables, tokens_BxT, position_BxT, segment_BxT, k_end_BxT=None, dtype=jnp.float32):
+    """As `forward`, from and to numpy; causal if `k_end_BxT` is None."""
+    k_end_BxT = (
+        np.broadcast_to(np.arange(tokens_BxT.shape[1]) + 1, tokens_BxT.shape) if k_end_BxT is None else k_end_BxT
+    )
+    arrays = (np.asarray(x, np.int32) for x in (position_BxT, k_end_BxT, segment_BxT, segment_BxT))
+    return jax.device_get(forward(config, variables, tokens_BxT, Context(*arrays), dtype))
+
+
+def theirs(model, tokens_BxT, position_BxT, mask=None):
+    """Returns logits [B, T, V] and `hidden_states`; `mask` as transformers takes it."""
     tokens, position = (torch.tensor(np.asarray(x), dtype=torch.int64) for x in (tokens_BxT, position_BxT))
     with torch.no_grad():
         out = model(input_ids=tokens, position_ids=position, attention_mask=mask, output_hidden_states=True)
     return out.logits.numpy(), [h.numpy() for h in out.hidden_states]
 
 
-def draw_tokens(*shape, vocab: int = 64):
-    return np.random.default_rng(0).integers(3, vocab, shape)
+# One batch, so that one compilation serves all tests of a case: its rows, by name.
+LENGTH = 21
+FULL, PADDED, PACKED, DISTANT, OPEN = range(5)
+TOKENS = np.random.default_rng(0).integers(3, 64, (5, LENGTH))
+SEGMENT, POSITION = np.ones((5, LENGTH), int), np.tile(np.arange(LENGTH), (5, 1))
+K_END = POSITION + 1
+SEGMENT[PADDED, :7], POSITION[PADDED] = 0, np.maximum(np.arange(LENGTH) - 7, 0)
+REQUESTS = [(0, 8), (8, 9), (11, LENGTH)]  # columns 9 and 10 are padding in between
+SEGMENT[PACKED] = 0
+for number, (first, last) in enumerate(REQUESTS, 1):
+    SEGMENT[PACKED, first:last], POSITION[PACKED, first:last] = number, np.arange(last - first)
+POSITION[DISTANT] = np.sort(np.random.default_rng(1).choice(4000, LENGTH, replace=False))
+K_END[OPEN, 3:12] = 12  # columns 3 to 11 see each other
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_left_padded_batch(pair, case):
-    """Three rows of 21, 14 and 1 tokens, so long that every position's angle matters."""
-    model, config, variables = pair(case)
-    tokens = draw_tokens(3, 21)
-    attended = np.arange(21) >= np.array([[0], [7], [20]])
-    position = np.maximum(np.cumsum(attended, 1) - 1, 0)
-    logits, taps = ours(config, variables, tokens, position, attended)
-    expected, hidden_states = theirs(model, tokens, position, attended)
-    assert relative(logits[attended], expected[attended]) <= PARITY
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Returns a function: case -> (torch model, our config, our variables, logits, taps), each made once."""
+
+    @functools.cache
+    def make(case: str):
+        directory = tmp_path_factory.mktemp("llm")
+        model = save(directory, case)
+        config = hf.load_llm_config(directory)
+        variables = {"params": hf.load_llm(directory, config, n_adapted=N_ADAPTED, dtype=jnp.float32)}
+        return model, config, variables, *ours(config, variables, TOKENS, POSITION, SEGMENT, K_END)
+
+    return make
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_a_full_row_and_the_blocks_within(result, case):
+    model, _, _, logits, taps = result(case)
+    expected, hidden_states = theirs(model, TOKENS[[FULL]], POSITION[[FULL]])
+    assert relative(logits[[FULL]], expected) <= PARITY
     # Entry 0 of hidden_states is the embedding: the output of block i is entry i + 1.
     for block in range(N_ADAPTED):
-        assert relative(taps[block][attended], hidden_states[block + 1][attended]) <= PARITY
-        assert relative(taps[block][attended], hidden_states[block][attended]) > 0.01
+        assert relative(taps[block][[FULL]], hidden_states[block + 1]) <= PARITY
+        assert relative(taps[block][[FULL]], hidden_states[block]) > 0.01
 
 
-@pytest.mark.parametrize("case", ["llama 3 scaled rope", "smollm2", "qwen3"])
-def test_distant_positions(pair, case):
-    """Tokens up to 4,000 positions apart: where scaled and unscaled frequencies part."""
-    model, config, variables = pair(case)
-    tokens = draw_tokens(2, 24)
-    position = np.sort(np.random.default_rng(1).choice(4000, (2, 24), replace=False), axis=1)
-    logits, _ = ours(config, variables, tokens, position, np.ones_like(tokens))
-    expected, _ = theirs(model, tokens, position)
-    assert relative(logits, expected) <= PARITY
-    other = dataclasses.replace(
-        config, rope_scaling=(), rope_theta=config.rope_theta * (1 if config.rope_scaling else 2)
-    )
-    assert relative(ours(other, variables, tokens, position, np.ones_like(tokens))[0], expected) > 0.01
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_a_left_padded_row(result, case):
+    model, _, _, logits, _ = result(case)
+    attended = SEGMENT[[PADDED]] > 0
+    expected, _ = theirs(model, TOKENS[[PADDED]], POSITION[[PADDED]], torch.tensor(attended))
+    assert relative(logits[[PADDED]][attended], expected[attended]) <= PARITY
 
 
-@pytest.mark.parametrize("case", ["llama, grouped", "qwen2", "qwen3"])
-def test_packed_rows_equal_their_requests_run_apart(pair, case):
-    model, config, variables = pair(case)
-    tokens = draw_tokens(1, 19)
-    bounds = [(0, 8), (8, 9), (11, 19)]  # columns 9 and 10 are padding in between
-    segment, position = np.zeros((2, 1, 19), np.int32)
-    for i, (first, last) in enumerate(bounds, 1):
-        segment[0, first:last], position[0, first:last] = i, np.arange(last - first)
-    logits, _ = ours(config, variables, tokens, position, segment)
-    for first, last in bounds:
-        expected, _ = theirs(model, tokens[:, first:last], position[:, first:last])
-        assert relative(logits[:, first:last], expected) <= PARITY
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_packed_requests_equal_those_run_apart(result, case):
+    model, _, _, logits, _ = result(case)
+    for first, last in REQUESTS:
+        expected, _ = theirs(model, TOKENS[[PACKED], first:last], POSITION[[PACKED], first:last])
+        assert relative(logits[[PACKED], first:last], expected) <= PARITY
 
 
-def test_an_open_span_equals_a_mask_given_to_transformers(pair):
-    """Columns 3 to 8 see each other, as audio tokens under the bidirectional mask do."""
-    model, config, variables = pair("llama, grouped")
-    tokens, position = draw_tokens(1, 12), np.arange(12)[None]
-    k_end = np.arange(12)[None] + 1
-    k_end[0, 3:9] = 9
-    allowed = np.arange(12) < k_end[:, :, None]
-    with torch.no_grad():
-        mask = torch.where(torch.tensor(allowed)[:, None], 0.0, -torch.inf)
-        expected = model(input_ids=torch.tensor(tokens), attention_mask=mask).logits.numpy()
-    ctx = Context(jnp.asarray(position), jnp.asarray(k_end), jnp.ones((1, 12), int), jnp.ones((1, 12), int))
-    llm = LLM(config, LoRAConfig(n_blocks=N_ADAPTED, rank=1, alpha=1.0))
-    forward = lambda llm: llm.logits(llm(llm.embed(jnp.asarray(tokens)), ctx)[0])
-    logits = llm.apply(variables, method=forward)
-    assert relative(logits, expected) <= PARITY
-    assert relative(ours(config, variables, tokens, position, np.ones_like(tokens))[0], expected) > 0.01
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_distant_positions(result, case):
+    """Tokens up to 4,000 positions apart."""
+    model, _, _, logits, _ = result(case)
+    expected, _ = theirs(model, TOKENS[[DISTANT]], POSITION[[DISTANT]])
+    assert relative(logits[[DISTANT]], expected) <= PARITY
 
 
-@pytest.mark.parametrize("case", ["llama, tied", "qwen2", "qwen3"])
-def test_bfloat16_is_close(pair, case):
-    model, config, variables = pair(case)
-    tokens, position = draw_tokens(2, 16), np.tile(np.arange(16), (2, 1))
-    expected, _ = theirs(model, tokens, position)
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_an_open_span_equals_a_mask_given_to_transformers(result, case):
+    """As audio tokens under the bidirectional mask."""
+    model, _, _, logits, _ = result(case)
+    allowed = np.arange(LENGTH) < K_END[[OPEN], :, None]
+    mask = torch.where(torch.tensor(allowed)[:, None], 0.0, -torch.inf)
+    expected, _ = theirs(model, TOKENS[[OPEN]], POSITION[[OPEN]], mask)
+    assert relative(logits[[OPEN]], expected) <= PARITY
+    causal, _ = theirs(model, TOKENS[[OPEN]], POSITION[[OPEN]])
+    assert relative(logits[[OPEN]], causal) > 0.01
+
+
+def test_the_scaled_rope_matters_at_those_positions(result):
+    _, config, variables, logits, _ = result("llama 3, grouped, wide heads")
+    unscaled, _ = ours(dataclasses.replace(config, rope_scaling=()), variables, TOKENS, POSITION, SEGMENT, K_END)
+    assert relative(unscaled[DISTANT], logits[DISTANT]) > 0.01
+
+
+def test_bfloat16_is_close(result):
+    _, config, variables, expected, _ = result("qwen2, grouped")
     halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
-    logits, taps = ours(config, halved, tokens, position, np.ones_like(tokens), jnp.bfloat16)
+    logits, taps = ours(config, halved, TOKENS, POSITION, SEGMENT, K_END, jnp.bfloat16)
     assert logits.dtype == jnp.float32 and taps.dtype == jnp.bfloat16
-    assert 1e-4 < relative(logits, expected) < 0.05
+    valid = SEGMENT > 0
+    assert 1e-4 < relative(logits[valid], expected[valid]) < 0.05
 
 
 @pytest.mark.slow
@@ -220,6 +241,6 @@ def test_real_smollm2():
     tokens = np.array([[0] * (length - len(x)) + list(x) for x in ids])
     position = np.maximum(np.cumsum(attended, 1) - 1, 0)
     logits, _ = ours(config, variables, tokens, position, attended)
-    expected, _ = theirs(model, tokens, position, attended)
+    expected, _ = theirs(model, tokens, position, torch.tensor(attended))
     assert relative(logits[attended], expected[attended]) <= PARITY
     np.testing.assert_array_equal(np.argmax(logits[attended], -1), np.argmax(expected[attended], -1))

@@ -51,7 +51,7 @@ def mel_of(key: int, n_frames: int) -> np.ndarray:
 
 def lay_out(rows, n_tokens: int, n_audio: int, n_prefix: int = 0, n_clips: int = 1):
     """Returns the columns, mel (NaN in the padding) and mel frames of `rows`: slot layout if n_prefix, else packed."""
-    shape = Shape(len(rows), n_tokens, n_clips, n_audio, n_audio * 8 * HOP, 4, n_prefix)
+    shape = Shape(len(rows), n_tokens, n_clips, n_audio, n_audio * 8 * HOP, 6, n_prefix)
     batch = assemble(rows, shape, layout="slot" if n_prefix else "packed", token_rate=12.5)
     n_frames_BxK = batch.n_samples_BxK // HOP
     mel = np.full((len(rows), n_clips, 8 * n_audio, M), np.nan, np.float32)

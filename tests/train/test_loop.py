@@ -17,6 +17,9 @@ from aura_jax.errors import UserError
 from aura_jax.train import loop
 
 
+pytestmark = pytest.mark.slow  # each run compiles its own steps
+
+
 def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -188,7 +191,6 @@ sys.exit(loop.RESUME_EXIT_CODE if result.interrupted else 0)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first_and_the_same_command_resumes(make_config, tmp_path, number):
     c = make_config()

@@ -11,6 +11,9 @@ from aura_jax.train import step as step_lib
 from tests.train.conftest import same, trainable
 
 
+pytestmark = pytest.mark.slow  # each test compiles its own step
+
+
 def prepare(make_config, make_run, objectives=None, **overrides):
     c = make_config(**(objectives or {"lm": 1.0, "distill": 1.0}))
     c.distill.target_norm = "layernorm"
