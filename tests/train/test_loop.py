@@ -16,7 +16,6 @@ from aura_jax import checkpoint, config, sharding, system
 from aura_jax.errors import UserError
 from aura_jax.train import loop
 
-
 pytestmark = pytest.mark.slow  # each run compiles its own steps
 
 

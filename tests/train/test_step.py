@@ -10,7 +10,6 @@ import pytest
 from aura_jax.train import step as step_lib
 from tests.train.conftest import same, trainable
 
-
 pytestmark = pytest.mark.slow  # each test compiles its own step
 
 
