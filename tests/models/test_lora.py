@@ -76,12 +76,10 @@ def test_starts_as_the_plain_linear_with_peft_initialisation():
 def test_every_linear_of_every_block_draws_its_own_a():
     config = hf.LLMConfig("llama", 9, 8, 8, 3, 2, 2, 4, 1e4)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    init = lambda llm: llm(llm.embed(tokens), text_context(tokens, tokens + 1))
+    run = lambda llm: llm(llm.embed(tokens), text_context(tokens, tokens + 1))
     llm = LLM(config, dataclasses.replace(CONFIG, n_blocks=3))
-    variables = llm.init({"params": jax.random.key(0), "lora": jax.random.key(1)}, method=init)
-    drawn = [
-        block.tobytes() for path in jax.tree.leaves(variables["lora"]) for block in np.asarray(path) if block.any()
-    ]
+    init = jax.jit(lambda: llm.init({"params": jax.random.key(0), "lora": jax.random.key(1)}, method=run)["lora"])
+    drawn = [block.tobytes() for leaf in jax.tree.leaves(init()) for block in np.asarray(leaf) if block.any()]
     assert len(drawn) == len(set(drawn)) == 3 * len(TARGETS)
 
 
@@ -129,7 +127,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("n_blocks", "targets", "rslora"),
-    [(1, TARGETS, False), (2, ("q", "v"), True), (3, ("k", "o", "gate"), False), (2, ("up", "down"), True)],
+    [(1, TARGETS, False), (2, ("q", "v", "down"), True), (3, ("k", "o", "gate"), False)],
 )
 def test_the_same_matrices_give_the_logits_of_peft(base, one_torch_thread, n_blocks, targets, rslora):
     directory, llm_config = base
@@ -171,7 +169,6 @@ def test_the_same_matrices_give_the_logits_of_peft(base, one_torch_thread, n_blo
     run = jax.jit(lambda v: LLM(llm_config, lora).apply(v, method=lambda m: m.logits(m(m.embed(tokens), ctx)[0])))
     ours = run({"params": params, "lora": {"adapted": adapters}})
     assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
-    assert np.abs(run({"params": params}) - without).max() <= 1e-4 * np.abs(without).max()
     assert np.abs(expected - without).max() > 0.1 * np.abs(without).max()
 
 

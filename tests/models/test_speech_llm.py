@@ -49,7 +49,7 @@ def mel_of(key: int, n_frames: int) -> np.ndarray:
     return np.random.default_rng(key).normal(size=(n_frames, M)).astype(np.float32)
 
 
-def lay_out(rows, n_tokens: int, n_audio: int, n_prefix: int = 0, n_clips: int = 1):
+def lay_out(rows, n_tokens: int, n_audio: int, n_clips: int, n_prefix: int = 0):
     """Returns the columns, mel (NaN in the padding) and mel frames of `rows`: slot layout if n_prefix, else packed."""
     shape = Shape(len(rows), n_tokens, n_clips, n_audio, n_audio * 8 * HOP, 6, n_prefix)
     batch = assemble(rows, shape, layout="slot" if n_prefix else "packed", token_rate=12.5)
@@ -61,25 +61,31 @@ def lay_out(rows, n_tokens: int, n_audio: int, n_prefix: int = 0, n_clips: int =
     return columns, mel, n_frames_BxK
 
 
+# Two static shapes only, so that compilations are few: one without a column to spare, and a wide one.
+TIGHT = lay_out([[LONG], [SHORT], [TEXT]], n_tokens=13, n_audio=6, n_clips=1, n_prefix=3)
+WIDE = dict(n_tokens=32, n_audio=9, n_clips=3)
+SPREAD = lay_out([[TEXT], [SHORT], [], [LONG]], **WIDE, n_prefix=7)
+PACKED = lay_out([[SHORT, TEXT, LONG], [LONG, SHORT, TEXT], [], []], **WIDE)
+
+
 @functools.cache
 def draw(config: SpeechLLMConfig) -> dict:
     """Random variables whose B is not zero."""
     keys = {"params": jax.random.key(0), "lora": jax.random.key(1)}
-    abstract = jax.eval_shape(lambda: SpeechLLM(config).init(keys, *lay_out([[TEXT]], 16, 1, 2)))
+    abstract = jax.eval_shape(lambda: SpeechLLM(config).init(keys, *TIGHT))
     leaves, tree = jax.tree.flatten(abstract)
     random = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype) for x in leaves])
+    return jax.tree.unflatten(tree, [(0.3 * random.normal(size=x.shape)).astype(np.float32) for x in leaves])
 
 
-@functools.cache
-def apply(config: SpeechLLMConfig, **options):
-    return jax.jit(SpeechLLM(config, **options).apply)
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def apply(config: SpeechLLMConfig, variables, layout, dtype=jnp.float32):
+    return SpeechLLM(config, dtype, dtype).apply(variables, *layout)[0]
 
 
-def run(config: SpeechLLMConfig, layout, lora: bool = True):
+def run(config: SpeechLLMConfig, layout, variables: dict | None = None):
     """Returns hidden states [B, T, D], in numpy."""
-    variables = draw(config) if lora else {"params": draw(config)["params"]}
-    return np.asarray(apply(config)(variables, *layout)[0])
+    return np.asarray(apply(config, draw(config) if variables is None else variables, layout))
 
 
 def states(h_BxTxD, layout, row: int, segment: int = 1):
@@ -89,39 +95,33 @@ def states(h_BxTxD, layout, row: int, segment: int = 1):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_hidden_states_depend_on_no_bucket_layout_or_neighbour(variant):
-    config = VARIANTS[variant]
-    tight = lay_out([[LONG], [SHORT], [TEXT]], n_tokens=13, n_audio=6, n_prefix=3)
-    wide = lay_out([[TEXT], [SHORT], [], [LONG]], n_tokens=29, n_audio=9, n_prefix=7)
-    packed = lay_out([[SHORT, TEXT, LONG], [LONG, SHORT, TEXT]], n_tokens=32, n_audio=6, n_clips=3)
-    h_tight, h_wide, h_packed = (run(config, layout) for layout in (tight, wide, packed))
-    assert np.isfinite(h_tight).all() and np.isfinite(h_wide).all() and np.isfinite(h_packed).all()
+    h_tight, h_spread, h_packed = (run(VARIANTS[variant], layout) for layout in (TIGHT, SPREAD, PACKED))
+    assert np.isfinite(h_tight).all() and np.isfinite(h_spread).all() and np.isfinite(h_packed).all()
     places = {"long": (0, 3, (0, 3), (1, 1)), "short": (1, 1, (0, 1), (1, 2)), "text": (2, 0, (0, 2), (1, 3))}
-    for row_tight, row_wide, *places_packed in places.values():
-        expected = states(h_tight, tight, row_tight)
-        others = [states(h_wide, wide, row_wide), *(states(h_packed, packed, *p) for p in places_packed)]
+    for row_tight, row_spread, *places_packed in places.values():
+        expected = states(h_tight, TIGHT, row_tight)
+        others = [states(h_spread, SPREAD, row_spread), *(states(h_packed, PACKED, *p) for p in places_packed)]
         for other in others:
             assert other.shape == expected.shape
             assert np.abs(other - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
 def test_what_a_neighbour_says_changes_no_bit():
-    layout = lay_out([[SHORT, LONG]], n_tokens=24, n_audio=6, n_clips=2)
-    columns, mel, n_frames = layout
-    before = run(CONFIG, layout)
-    mel[0, 0] += 1
+    columns, mel, n_frames = PACKED
     tokens = np.where(columns.segment_BxT == 1, columns.tokens_BxT + 1, columns.tokens_BxT)
-    after = run(CONFIG, (columns.replace(tokens_BxT=tokens), mel, n_frames))
-    np.testing.assert_array_equal(states(after, layout, 0, 2), states(before, layout, 0, 2))
-    assert (states(after, layout, 0, 1) != states(before, layout, 0, 1)).any(-1).all()
+    louder = mel.copy()
+    louder[0, 0] += 1
+    before, after = run(CONFIG, PACKED), run(CONFIG, (columns.replace(tokens_BxT=tokens), louder, n_frames))
+    assert (states(after, PACKED, 0, 1) != states(before, PACKED, 0, 1)).any(-1).all()
+    for segment in (2, 3):
+        np.testing.assert_array_equal(states(after, PACKED, 0, segment), states(before, PACKED, 0, segment))
 
 
 def test_audio_tokens_land_in_their_columns_and_text_is_untouched():
-    layout = lay_out([[SHORT, TEXT, LONG], [LONG]], n_tokens=32, n_audio=6, n_clips=2)
-    _, mel, n_frames = layout
     model, variables = SpeechLLM(CONFIG), draw(CONFIG)
-    x_BxTxD = np.asarray(model.apply(variables, *layout, method="embed"))
-    audio_BxKxAxD = np.asarray(model.apply(variables, mel, n_frames, method="embed_audio"))
-    table = np.asarray(variables["params"]["llm"]["embed"]["embedding"])
+    x_BxTxD = np.asarray(jax.jit(lambda: model.apply(variables, *PACKED, method="embed"))())
+    audio_BxKxAxD = np.asarray(jax.jit(lambda: model.apply(variables, *PACKED[1:], method="embed_audio"))())
+    table = variables["params"]["llm"]["embed"]["embedding"]
     # prefix, span, suffix and all but the last of the response, one example after the other
     expected = [
         *table[[3]], *audio_BxKxAxD[0, 0, :3], *table[[4, 12, 13]],
@@ -129,42 +129,44 @@ def test_audio_tokens_land_in_their_columns_and_text_is_untouched():
         *table[[5, 6, 7]], *audio_BxKxAxD[0, 1, :6], *table[[8, 9, 10]],
     ]  # fmt: skip
     np.testing.assert_array_equal(x_BxTxD[0, : len(expected)], expected)
-    np.testing.assert_array_equal(x_BxTxD[1, 3:9], audio_BxKxAxD[1, 0])
-    assert len(np.unique(audio_BxKxAxD[0, :, :3].reshape(-1, D), axis=0)) == 6
+    np.testing.assert_array_equal(x_BxTxD[1, 3:9], audio_BxKxAxD[1, 0, :6])
+    assert len(np.unique(audio_BxKxAxD[0, :2, :3].reshape(-1, D), axis=0)) == 6
 
 
-def test_tap_sees_the_audio_columns_of_every_clip():
-    layout = lay_out([[SHORT, LONG], [LONG]], n_tokens=24, n_audio=6, n_clips=2)
-    _, states_NxBxQxD = apply(CONFIG, tap=lambda h_BxQxD, block, args: h_BxQxD)(draw(CONFIG), *layout)
-    _, everywhere_NxBxTxD = apply(CONFIG, tap=lambda h_BxQxD, block, args: h_BxQxD)(
-        draw(CONFIG), layout[0].replace(audio_position_BxKxA=np.tile(np.arange(24), (2, 1))[:, None]), *layout[1:]
-    )
-    np.testing.assert_array_equal(states_NxBxQxD[:, 0, :3], everywhere_NxBxTxD[:, 0, 1:4])
-    np.testing.assert_array_equal(states_NxBxQxD[:, 0, 6:12], everywhere_NxBxTxD[:, 0, 10:16])
-    np.testing.assert_array_equal(states_NxBxQxD[:, 1, :6], everywhere_NxBxTxD[:, 1, 3:9])
-
-
-SPEECH_AND_TEXT = lay_out([[SHORT, TEXT], [LONG]], n_tokens=16, n_audio=6)
+def test_the_tap_is_shown_the_audio_columns_of_every_clip():
+    position_BxQ = np.asarray(SpeechLLM(CONFIG).context(PACKED[0]).tap_position_BxQ)
+    assert position_BxQ.shape == (4, 3 * 9)
+    np.testing.assert_array_equal(position_BxQ[0, :3], [1, 2, 3])  # the short clip
+    np.testing.assert_array_equal(position_BxQ[0, 9:15], np.arange(14, 20))  # the long one, after the text
+    np.testing.assert_array_equal(position_BxQ[1, :6], np.arange(3, 9))
 
 
 def with_scope(scope: str) -> SpeechLLMConfig:
     return dataclasses.replace(CONFIG, mask="causal", lora=dataclasses.replace(LORA, scope=scope))
 
 
+@functools.cache
+def causal(scope: str):
+    """Hidden states of PACKED with LoRA in that scope; "none": without the collection."""
+    if scope == "none":
+        return run(with_scope("audio"), PACKED, {"params": draw(CONFIG)["params"]})
+    return run(with_scope(scope), PACKED)
+
+
 @pytest.mark.parametrize("scope", ["request", "audio"])
 def test_text_beside_speech_is_the_plain_llm_to_the_bit(scope):
-    """In the same row even; and it equals the LLM by itself, which knows no LoRA and no audio."""
-    config = with_scope(scope)
-    with_lora, without = run(config, SPEECH_AND_TEXT), run(config, SPEECH_AND_TEXT, lora=False)
-    text = states(with_lora, SPEECH_AND_TEXT, 0, 2)
-    np.testing.assert_array_equal(text, states(without, SPEECH_AND_TEXT, 0, 2))
+    """In the same row even."""
+    np.testing.assert_array_equal(states(causal(scope), PACKED, 0, 2), states(causal("none"), PACKED, 0, 2))
 
-    params = dict(draw(config)["params"]["llm"])
-    params["plain"] = jax.tree.map(lambda *x: jnp.concatenate(x), params.pop("adapted"), params["plain"])
+
+def test_without_the_collection_it_is_the_llm_by_itself():
+    """An LLM that knows no LoRA and no audio, reading the text alone."""
+    params = dict(draw(CONFIG)["params"]["llm"])
+    params["plain"] = jax.tree.map(lambda *x: np.concatenate(x), params.pop("adapted"), params["plain"])
     tokens, position = jnp.array([[20, 21, 22, 23]]), jnp.arange(4)[None]
     forward = lambda llm: llm(llm.embed(tokens), text_context(position, jnp.ones_like(tokens)))[0]
-    alone = LLM(LLM_CONFIG).apply({"params": params}, method=forward)
-    np.testing.assert_allclose(text, alone[0], rtol=1e-5, atol=1e-5)
+    alone = jax.jit(lambda: LLM(LLM_CONFIG).apply({"params": params}, method=forward))()
+    np.testing.assert_allclose(states(causal("none"), PACKED, 0, 2), alone[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -173,53 +175,48 @@ def test_text_beside_speech_is_the_plain_llm_to_the_bit(scope):
 )
 def test_where_lora_acts(scope, text_before_the_audio, text_only):
     """Under the causal mask text before the audio sees none, so that only a delta of its own can change it."""
-    config = with_scope(scope)
-    changed = (run(config, SPEECH_AND_TEXT) != run(config, SPEECH_AND_TEXT, lora=False)).any(-1)
-    long = states(changed, SPEECH_AND_TEXT, 1)
+    changed = (causal(scope) != causal("none")).any(-1)
+    long = states(changed, PACKED, 0, 3)
     assert long[:3].all() == long[:3].any() == text_before_the_audio
     assert long[3:].all()  # the audio, and what follows it
-    only = states(changed, SPEECH_AND_TEXT, 0, 2)
+    only = states(changed, PACKED, 0, 2)
     assert only.all() == only.any() == text_only
 
-    mask = SpeechLLM(config).context(SPEECH_AND_TEXT[0]).lora_mask_BxT
-    segment = SPEECH_AND_TEXT[0].segment_BxT
+    mask = SpeechLLM(with_scope(scope)).context(PACKED[0]).lora_mask_BxT
     if scope == "all":
         assert mask is None
     elif scope == "request":
-        np.testing.assert_array_equal(mask[0], segment[0] == 1)
+        np.testing.assert_array_equal(mask[0], np.isin(PACKED[0].segment_BxT[0], (1, 3)))
     else:
-        np.testing.assert_array_equal(mask[1], (np.arange(16) >= 3) & (np.arange(16) < 9))
+        np.testing.assert_array_equal(np.flatnonzero(mask[0]), [1, 2, 3, *range(14, 20)])
 
 
 def test_a_nan_of_the_adapters_stays_in_the_requests_that_use_them():
     variables = draw(CONFIG)
-    broken = variables | {"lora": jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), variables["lora"])}
-    rows = lay_out([[LONG], [TEXT]], n_tokens=13, n_audio=6, n_prefix=3)
-    h = np.asarray(apply(CONFIG)(broken, *rows)[0])
-    assert np.isnan(states(h, rows, 0)).all()
-    np.testing.assert_array_equal(states(h, rows, 1), states(run(CONFIG, rows, lora=False), rows, 1))
+    broken = variables | {"lora": jax.tree.map(lambda x: np.full_like(x, np.nan), variables["lora"])}
+    h = run(CONFIG, SPREAD, broken)
+    assert np.isnan(states(h, SPREAD, 3)).all()
+    np.testing.assert_array_equal(states(h, SPREAD, 0), states(run(CONFIG, SPREAD), SPREAD, 0))
 
 
 @pytest.mark.parametrize(
-    ("mask", "chunk", "first_changed"), [("causal", 0, 5), ("block", 4, 4), ("bidirectional", 0, 0)]
+    ("variant", "first_changed"), [("causal, audio", 5), ("block, all, patch", 4), ("bidirectional, request", 0)]
 )
-def test_what_early_audio_tokens_know_of_the_end_of_the_clip(mask, chunk, first_changed):
-    """The last mel frame is heard by audio token 5 of 6: what is before its chunk could have been streamed."""
-    config = dataclasses.replace(CONFIG, mask=mask, chunk=chunk)
-    columns, mel, n_frames = lay_out([[LONG]], n_tokens=13, n_audio=6, n_prefix=3)
-    before = states(run(config, (columns, mel, n_frames)), (columns,), 0)
-    mel[0, 0, 44] += 1
-    after = states(run(config, (columns, mel, n_frames)), (columns,), 0)
-    changed = (after != before).any(-1)
-    np.testing.assert_array_equal(changed, [False] * (3 + first_changed) + [True] * (9 - first_changed))
+def test_what_early_audio_tokens_know_of_the_end_of_the_clip(variant, first_changed):
+    """The last mel frame is heard by audio token 5 of 6: what is before its chunk of 2 could have been streamed."""
+    columns, mel, n_frames = TIGHT
+    louder = mel.copy()
+    louder[0, 0, 44] += 1
+    changed = run(VARIANTS[variant], TIGHT) != run(VARIANTS[variant], (columns, louder, n_frames))
+    expected = [False] * (3 + first_changed) + [True] * (9 - first_changed)
+    np.testing.assert_array_equal(states(changed, TIGHT, 0).any(-1), expected)
 
 
 def test_bfloat16_is_close():
-    layout = lay_out([[LONG], [SHORT]], n_tokens=13, n_audio=6, n_prefix=3)
-    h, _ = apply(CONFIG, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(draw(CONFIG), *layout)
-    assert h.dtype == jnp.bfloat16
-    expected = run(CONFIG, layout)
-    assert np.abs(np.asarray(h, np.float32) - expected).max() < 0.1 * np.abs(expected).max()
+    h = run(CONFIG, TIGHT)
+    half = apply(CONFIG, draw(CONFIG), TIGHT, jnp.bfloat16)
+    assert half.dtype == jnp.bfloat16
+    assert 1e-4 < np.abs(np.asarray(half, np.float32) - h).max() / np.abs(h).max() < 0.1
 
 
 @pytest.mark.parametrize(
