@@ -36,7 +36,7 @@ def get_config():
     )
     c.train.schedule = ("distil", "joint")
     c.train.stages.distil = stage(700, 1e-3, {"distill": 1.0, "text_anchor": 10.0}, clip_norm=5.0)
-    c.train.stages.joint = stage(800, 1e-3, {"lm": 1.0, "distill": 1.0, "text_anchor": 10.0})
+    c.train.stages.joint = stage(600, 1e-3, {"lm": 1.0, "distill": 1.0, "text_anchor": 10.0})
     c.train.update(log_every=10, checkpoint_every=100)
 
     c.eval.sets = {
