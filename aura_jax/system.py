@@ -85,6 +85,7 @@ def build(config: Config) -> System:
         param_dtype,
         config.model.attention,
         config.model.remat,
+        matmul_dtype=jnp.dtype(config.model.matmul_dtype) if config.model.matmul_dtype else None,
     )
     pairs = ()
     if whisper is not None:

@@ -5,6 +5,7 @@ test and the merge test need nothing else.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -51,6 +52,39 @@ class LoRAConfig:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, axis: int = 0) -> jax.Array:
+    """Returns x [..., I] @ kernel in the dtype of x; operands are rounded to `dtype`, sums are float32.
+
+    The gradient's products round their operands likewise: left to itself, jax would multiply a float32 cotangent by a
+    bfloat16 kernel, for which no backend has a kernel.
+
+    Args:
+      kernel: [I, O], or with `axis` 1 [O, I], such as an embedding table.
+    """
+    return _product(x, kernel, -1, axis, dtype).astype(x.dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype: jnp.dtype) -> jax.Array:
+    axes = (((axis_a % a.ndim,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), axes, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x, kernel, dtype, axis):
+    return matmul(x, kernel, dtype, axis), (x, kernel)
+
+
+def _matmul_backward(dtype, axis, saved, dy):
+    x, kernel = saved
+    dx = _product(dy, kernel, -1, 1 - axis, dtype).astype(x.dtype)
+    rows = lambda z: z.reshape(-1, z.shape[-1])
+    operands = (rows(x), rows(dy)) if axis == 0 else (rows(dy), rows(x))
+    return dx, _product(*operands, 0, 0, dtype).astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Dense(nn.Module):
     """x @ kernel (+ bias), plus the LoRA delta where the `lora` collection is present.
 
@@ -58,6 +92,7 @@ class Dense(nn.Module):
       features: width of the output.
       lora: None for a linear that is never adapted.
       dtype, param_dtype: of the computation, and of the stored kernel and bias. A and B are stored in float32.
+      matmul_dtype: of the operands of the product with the kernel; None for `dtype`.
     """
 
     features: int
@@ -65,6 +100,7 @@ class Dense(nn.Module):
     lora: LoRAConfig | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    matmul_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x_BxTxI: jax.Array, lora_mask_BxT: jax.Array | None = None) -> jax.Array:
@@ -72,7 +108,7 @@ class Dense(nn.Module):
         n_in = x_BxTxI.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (n_in, self.features), self.param_dtype)
         x_BxTxI = x_BxTxI.astype(self.dtype)
-        y_BxTxO = x_BxTxI @ kernel.astype(self.dtype)
+        y_BxTxO = matmul(x_BxTxI, kernel, self.matmul_dtype or self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y_BxTxO = y_BxTxO + bias.astype(self.dtype)

@@ -56,7 +56,7 @@ class Columns:
 
 
 class SpeechLLM(nn.Module):
-    """The audio embedder and the LLM. `tap` and `remat` as `LLM`."""
+    """The audio embedder and the LLM. `tap`, `remat` and `matmul_dtype` as `LLM`."""
 
     config: SpeechLLMConfig
     dtype: jnp.dtype = jnp.float32
@@ -64,6 +64,7 @@ class SpeechLLM(nn.Module):
     attention_impl: str = "xla"
     remat: str = "none"
     tap: Tap | None = None
+    matmul_dtype: jnp.dtype | None = None
 
     def setup(self):
         self.embedder = AudioEmbedder(self.config.embedder, self.dtype)
@@ -75,6 +76,7 @@ class SpeechLLM(nn.Module):
             self.attention_impl,
             self.remat,
             self.tap,
+            self.matmul_dtype,
         )
 
     def embed_audio(self, mel_BxKxFxM: jax.Array, n_frames_BxK: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import transformers
 from aura_jax.convert import hf
 from aura_jax.errors import UserError
 from aura_jax.models.llm import LLM
-from aura_jax.models.lora import TARGETS, Dense, LoRAConfig
+from aura_jax.models.lora import TARGETS, Dense, LoRAConfig, matmul
 from aura_jax.models.speech_llm import text_context
 
 CONFIG = LoRAConfig(n_blocks=2, rank=4, alpha=6.0)
@@ -41,6 +41,19 @@ def test_delta_is_the_formula(rslora):
     scale = 6 / 2 if rslora else 6 / 4
     out = dense(dataclasses.replace(CONFIG, rslora=rslora))
     np.testing.assert_allclose(out, PLAIN + scale * X @ AB["a"] @ AB["b"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_product_of_16_bit_operands_is_summed_in_32_bits(axis):
+    """Value and both gradients equal the float32 product of the rounded operands."""
+    x, w, dy = draw(3, 50, seed=5), draw(50, 20, seed=6), draw(3, 20, seed=7)
+    turn = lambda w: w if axis == 0 else w.T
+    out, pull = jax.vjp(lambda x, w: matmul(x, turn(w), jnp.bfloat16, axis), x, w)
+    x16, w16, dy16 = (np.asarray(jnp.asarray(z, jnp.bfloat16), np.float32) for z in (x, w, dy))
+    for found, expected in zip((out, *pull(dy)), (x16 @ w16, dy16 @ w16.T, x16.T @ dy16), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(out) - x @ w).max() > 1e-3
 
 
 def test_without_the_collection_and_out_of_scope_it_is_the_plain_linear_to_the_bit():
