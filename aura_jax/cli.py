@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aura_jax import __version__
+from aura_jax import __version__, cache
 from aura_jax.errors import UserError, nearest
 
 _USER_MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
@@ -363,6 +363,7 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
+    cache.keep_compiled_programs()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

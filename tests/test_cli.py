@@ -1,6 +1,7 @@
 """The command line: help, mistakes in one line, and each verb on the random models."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -157,3 +158,12 @@ def test_assets(capsys, tmp_path, monkeypatch):
     assert "whisper-tiny.en-wheel" in capsys.readouterr().out
     assert cli.main(["assets", "fetch", "random-llama-tiny"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "random-llama-tiny")
+
+
+def test_compiled_programs_are_kept_where_the_user_said(tmp_path):
+    """In a process of its own: jax reads the variable when it is imported."""
+    code = "from aura_jax.cli import main; main(['version']); import jax; print(jax.config.jax_compilation_cache_dir)"
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"AURA_JAX_CACHE": str(tmp_path)}
+    for more, expected in (({}, tmp_path / "compiled"), ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, "/elsewhere")):
+        done = subprocess.run([sys.executable, "-c", code], env=env | more, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == str(expected)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from aura_jax import assets
+from aura_jax import cache
 from aura_jax.audio import augment, features
 from aura_jax.audio.io import AudioError, load_audio
 from aura_jax.data.manifest import Row
@@ -112,7 +112,7 @@ def precompute(
     what = [fingerprint, system.config.teacher.window, system.pairs, system.frames_per_token, list(speeds)]
     what += [[clip.path, clip.n_samples, _stamp(clip.path)] for clip in clips]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    directory = assets.cache_dir() / "teacher-states" / digest
+    directory = cache.directory() / "teacher-states" / digest
     if not directory.is_dir():
         _run_teacher(system, weights, clips, speeds, sample_edges, directory)
     return TeacherStore(directory)
