@@ -45,6 +45,7 @@ def reference_tokens(directory, clips, n_new: int, **options) -> list[list[int]]
     return [row[: row.index(end)] if end in row else row for row in rows]
 
 
+@pytest.mark.slow
 def test_english_tokens_equal_transformers(english):
     clips = [noise(0.4 + 0.6 * i, i) for i in range(3)]
     replies = Cascade(english, max_new_tokens=12, batch_size=4).generate([Request(clip) for clip in clips])
