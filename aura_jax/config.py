@@ -59,6 +59,7 @@ def default() -> Config:
             teacher="",  # likewise, a Whisper
             dtype="float32",  # of the computation: float32 or bfloat16
             param_dtype="float32",  # frozen weights are stored in this
+            matmul_dtype="",  # of the operands of products with the LLM's frozen weights; "": as dtype
             attention="xla",  # xla or cudnn
             remat="none",  # none, dots, or full
             mask="bidirectional",  # inside an audio span: causal, bidirectional, or block
@@ -74,6 +75,8 @@ def default() -> Config:
             rslora=False,
             targets=("q", "k", "v", "o", "gate", "up", "down"),
             scope="request",  # all, request, or audio
+            # Below 1, A reads only directions of its input that hold this share of the energy of data.text_pool.
+            text_energy=1.0,
         )
     )
     c.embedder = ConfigDict(
@@ -125,9 +128,10 @@ def default() -> Config:
                 time_masks=0,
                 time_width=10,  # frames, at most
             ),
-            text_pool="",  # JSON lines of plain text and chats, for text_anchor and text_kd
+            text_pool="",  # JSON lines of plain text and chats, for text_anchor, text_kd and lora.text_energy
             text_rows=6,
             text_length=64,  # tokens
+            text_chat=-1.0,  # share of the rows from conversations; below 0: as the pool has them, but at least a row
         )
     )
     c.trainable = (  # (regular expression of parameter paths, multiplier of the learning rate)
@@ -317,6 +321,7 @@ def validate(c: Config) -> None:
 
     one_of("model.dtype", ("float32", "bfloat16"))
     one_of("model.param_dtype", ("float32", "bfloat16"))
+    one_of("model.matmul_dtype", ("", "float32", "bfloat16"))
     one_of("model.remat", ("none", "dots", "full"))
     one_of("model.attention", ("xla", "cudnn"))
     one_of("model.normalisation", ("whisper", "streaming"))
@@ -343,6 +348,12 @@ def validate(c: Config) -> None:
         raise UserError(
             f"data.batch_size {c.data.batch_size} is not a multiple of train.accumulate {c.train.accumulate}"
         )
+    if c.data.text_chat > 1:
+        raise UserError(f"data.text_chat is a share of at most 1, not {c.data.text_chat}")
+    if not 0 < c.lora.text_energy <= 1:
+        raise UserError(f"lora.text_energy is a share above 0 and up to 1, not {c.lora.text_energy}")
+    if c.lora.text_energy < 1 and not c.data.text_pool:
+        raise UserError("lora.text_energy below 1 needs text to measure: name a JSON lines file in data.text_pool")
     if not c.model.llm:
         raise UserError("model.llm is empty: name a directory, an asset (aura-jax assets list) or hf://owner/name")
     if not c.train.schedule:

@@ -24,6 +24,7 @@ from aura_jax.train.teacher import Clip, TeacherStore, precompute, teacher_state
 
 _DEFAULT_BUCKETS = (2.0, 4.0, 8.0, 16.0, 30.0)  # seconds
 _TEXT_EDGES = (16, 32, 64, 128, 256)  # tokens of suffix and response
+_TEXT_BATCHES = 16  # of the text pool, read at once
 
 
 class Inputs:
@@ -51,7 +52,13 @@ class Inputs:
         self._text_pool: TextPool | None = None
         if c.text_pool:
             documents = load_documents(c.text_pool, built.chat)
-            self._text_pool = TextPool(documents, n_rows=c.text_rows, n_tokens=c.text_length, seed=built.config.seed)
+            self._text_pool = TextPool(
+                documents,
+                n_rows=c.text_rows,
+                n_tokens=c.text_length,
+                seed=built.config.seed,
+                chat_share=c.text_chat if c.text_chat >= 0 else None,
+            )
         self._store: TeacherStore | None = None
         self._plans: dict[bool, tuple[list[Source], BatchPlan]] = {}
 
@@ -121,6 +128,15 @@ class Inputs:
                 if count is not None and position >= start + count:
                     return
                 yield batch
+
+    def plain_text(self, n_tokens: int = 16384) -> Generator[np.ndarray, None, None]:
+        """Yields rows of the text pool, int32 [M, L], until they hold `n_tokens`."""
+        assert self._text_pool is not None
+        seen, index = 0, 0
+        while seen < n_tokens:
+            rows = np.concatenate([self._text_pool.batch(index + i)[0] for i in range(_TEXT_BATCHES)])
+            index, seen = index + _TEXT_BATCHES, seen + rows.size
+            yield rows
 
     def row_names(self, active: frozenset[str], index: int) -> list[str]:
         """Returns where the rows of batch `index` stand in their manifests."""

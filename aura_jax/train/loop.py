@@ -23,8 +23,8 @@ from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.errors import UserError
 from aura_jax.models.lora import LoRAConfig
+from aura_jax.train import null_space, teacher
 from aura_jax.train import step as step_lib
-from aura_jax.train import teacher
 from aura_jax.train.evaluator import Evaluator
 from aura_jax.train.inputs import Inputs
 from aura_jax.train.log import Log
@@ -91,7 +91,7 @@ class _Run:
             self.meta["teacher_fingerprint"] = checkpoint.fingerprint(self.variables["teacher"])
         self.checkpoints = checkpoint.Checkpoints(workdir, config)
         self.evaluator = Evaluator(self.inputs.validation_rows, workdir)
-        self.statistics: Any = None
+        self.constants = step_lib.Constants()
 
     def run(self) -> Result:
         newest = self.checkpoints.newest()
@@ -107,6 +107,7 @@ class _Run:
             for line in self.inputs.remarks:
                 log.say(line)
             self._prepare_teacher(log)
+            self._find_null_space(log)
             return self._run_stages(start, newest, log)
         finally:
             self.checkpoints.close()
@@ -131,9 +132,23 @@ class _Run:
             path = self.workdir / "target_statistics.npz"
             samples = None if path.is_file() else self.inputs.teacher_samples(self.variables["teacher"], self.mesh)
             statistics, baseline = teacher.statistics(samples, path)
-            self.statistics = jax.device_put(statistics, sharding.replicated(self.mesh))
+            statistics = jax.device_put(statistics, sharding.replicated(self.mesh))
+            self.constants = dataclasses.replace(self.constants, statistics=statistics)
             scores = ", ".join(f"{x:.2f}" for x in baseline)
             log.say(f"predicting the mean of the raw teacher blocks would score a cosine of {scores}")
+
+    def _find_null_space(self, log: Log) -> None:
+        """Confines LoRA to directions that text hardly uses, if so configured."""
+        energy = self.config.lora.text_energy
+        if energy < 1:
+            log.say("looking for the directions that text hardly uses")
+            text = self.inputs.plain_text()
+            bases = null_space.bases(self.built, self.variables["params"], text, energy, self.mesh)
+            widths = {path.split("/")[-2]: basis.shape[-1] for path, basis in bases.items()}
+            log.say("LoRA reads, at most: " + ", ".join(f"{name} {n} directions" for name, n in widths.items()))
+            bases = jax.device_put(bases, sharding.replicated(self.mesh))
+            self.constants = dataclasses.replace(self.constants, null_space=bases)
+            self.variables = sharding.join(null_space.confine(sharding.flatten(self.variables), bases), {})
 
     def _run_stages(self, start: int, newest: Any, log: Log) -> Result:
         first, state, metrics, rates = 0, None, {}, {}
@@ -216,7 +231,7 @@ class _Run:
                 if step == c.profile_start and c.profile_steps:
                     jax.profiler.start_trace(str(self.workdir / "profile"))
                 batch = next(batches)
-                state, out = run_step(state, frozen, self.statistics, self.inputs.to_mesh(batch, self.mesh))
+                state, out = run_step(state, frozen, self.constants, self.inputs.to_mesh(batch, self.mesh))
                 if on_cpu:
                     # With several CPU devices, jax deadlocks when many steps are in flight.
                     jax.block_until_ready(out)

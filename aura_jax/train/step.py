@@ -14,7 +14,7 @@ from aura_jax import sharding
 from aura_jax.config import OBJECTIVES, Config
 from aura_jax.data.batch import Batch
 from aura_jax.system import System
-from aura_jax.train import objectives
+from aura_jax.train import null_space, objectives
 
 
 @struct.dataclass
@@ -32,6 +32,19 @@ class State:
     trained: dict[str, jax.Array]
     moments: optax.OptState
     skipped: jax.Array
+
+
+@struct.dataclass
+class Constants:
+    """What a run computes once from its data, and every step reads.
+
+    Attributes:
+      statistics: mean and std [P, E] of the teacher's states where targets are standardised.
+      null_space: {path of a LoRA A: the basis that it is confined to}.
+    """
+
+    statistics: dict[str, jax.Array] | None = None
+    null_space: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def _adam(config: Config) -> optax.GradientTransformation:
@@ -85,8 +98,8 @@ def _micro(batch: Batch, keys_BxK: jax.Array, n: int) -> tuple[Batch, jax.Array]
 
 def step_function(
     system: System, stage: Config, first_step: int, rates: Mapping[str, float]
-) -> Callable[[State, dict, Mapping[str, jax.Array] | None, Batch], tuple[State, dict[str, jax.Array]]]:
-    """Returns step(state, frozen, statistics, batch) -> (state, metrics), to be jitted.
+) -> Callable[[State, dict, Constants, Batch], tuple[State, dict[str, jax.Array]]]:
+    """Returns step(state, frozen, constants, batch) -> (state, metrics), to be jitted.
 
     Args:
       stage: one of `config.stages`.
@@ -105,11 +118,11 @@ def step_function(
 
     gradient = jax.grad(loss, has_aux=True)
 
-    def step(state, frozen, statistics, batch):
+    def step(state, frozen, constants, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         keys_BxK = objectives.clip_keys(key, batch)
         counts = objectives.counts(system, batch, active)
-        of = lambda micro, keys: gradient(state.trained, frozen, statistics, micro, keys, counts)
+        of = lambda micro, keys: gradient(state.trained, frozen, constants.statistics, micro, keys, counts)
         if config.train.accumulate == 1:
             grads, (sums, blocks) = of(batch, keys_BxK)
         else:
@@ -118,6 +131,7 @@ def step_function(
             add = lambda total, xs: (jax.tree.map(jnp.add, total, of(*xs)), None)
             (grads, (sums, blocks)), _ = jax.lax.scan(add, zeros, micros)
 
+        grads = null_space.confine(grads, constants.null_space)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         clip = jnp.minimum(1.0, stage.clip_norm / (norm + 1e-12))
@@ -125,6 +139,8 @@ def step_function(
         grads = jax.tree.map(lambda g: jnp.where(finite, g * clip, 0), grads)
         updates: Any
         updates, moments = adam.update(grads, state.moments, state.trained)
+        # Once more: Adam scales each entry by itself, which leads out of any subspace.
+        updates = null_space.confine(updates, constants.null_space)
         rate = schedule(state.step - first_step)
         trained = {path: x - rate * rates[path] * updates[path] for path, x in state.trained.items()}
         keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, finite), new, old)
@@ -149,8 +165,8 @@ def jit_step(system: System, stage: Config, first_step: int, rates: Mapping[str,
     """Jits `step_function`; the state is donated, and stays where `state_shardings` put it."""
     function = step_function(system, stage, first_step, rates)
 
-    def step(state, frozen, statistics, batch):
-        state, metrics = function(state, frozen, statistics, batch)
+    def step(state, frozen, constants, batch):
+        state, metrics = function(state, frozen, constants, batch)
         return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), metrics
 
     return jax.jit(step, donate_argnums=0)
