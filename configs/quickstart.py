@@ -13,10 +13,12 @@ def get_config():
     c = default()
     c.model.llm = "smollm2-135m-instruct-q4_1-wheel"
     c.model.teacher = "whisper-tiny.en-wheel"
-    c.lora.update(n_blocks=12, rank=64, alpha=64.0, scope="request")
+    c.model.matmul_dtype = "bfloat16"  # a full step takes two thirds of the time
+    # A of LoRA stays out of the directions that hold 97% of what text is made of: text survives, speech learns as fast.
+    c.lora.update(n_blocks=12, rank=64, alpha=64.0, scope="request", text_energy=0.03)
     c.teacher.precompute = True
 
-    c.data.train = (("sample_data/commands/train.jsonl", 1.0), ("sample_data/recordings/train.jsonl", 1.0))
+    c.data.train = (("sample_data/commands/train.jsonl", 1.0), ("sample_data/recordings/train.jsonl", 0.3))
     c.data.validation_values = ("am_liam", "bf_alice")
     c.data.max_seconds = 3.45  # 3.8 s at the slowest speed
     c.data.buckets = (1.76, 2.16, 2.72, 3.84)
@@ -35,8 +37,8 @@ def get_config():
         ("heads/", 2.0),
     )
     c.train.schedule = ("distil", "joint")
-    c.train.stages.distil = stage(700, 1e-3, {"distill": 1.0, "text_anchor": 10.0}, clip_norm=5.0)
-    c.train.stages.joint = stage(600, 1e-3, {"lm": 1.0, "distill": 1.0, "text_anchor": 10.0})
+    c.train.stages.distil = stage(600, 1e-3, {"distill": 1.0}, clip_norm=5.0)
+    c.train.stages.joint = stage(500, 1e-3, {"lm": 1.0, "distill": 1.0, "text_anchor": 10.0})
     c.train.update(log_every=10, checkpoint_every=100)
 
     c.eval.sets = {

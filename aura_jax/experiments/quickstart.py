@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import sys
 import time
@@ -44,6 +45,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any] | None:
         return scores
     scores = {"step": result.step, **evaluate(config, workdir)}
     scores["seconds"] = {"train": trained - clock, "evaluate": time.perf_counter() - trained}
+    scores["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scores["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(scores, indent=2) + "\n")

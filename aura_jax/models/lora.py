@@ -6,6 +6,7 @@ test and the merge test need nothing else.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -108,7 +109,7 @@ class Dense(nn.Module):
         n_in = x_BxTxI.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (n_in, self.features), self.param_dtype)
         x_BxTxI = x_BxTxI.astype(self.dtype)
-        y_BxTxO = matmul(x_BxTxI, kernel, self.matmul_dtype or self.dtype)
+        y_BxTxO: Any = matmul(x_BxTxI, kernel, self.matmul_dtype or self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y_BxTxO = y_BxTxO + bias.astype(self.dtype)

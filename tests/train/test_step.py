@@ -129,7 +129,9 @@ def test_distilling_alone_runs_neither_upper_blocks_nor_the_head(make_config, ma
     assert not [s for s in hlo_shapes(compiled.as_text()) if vocab in s and len(s) > 2]
     full, state_f, frozen_f, batch_f, _ = prepare(make_config, make_run, {"distill": 1.0, "lm": 1.0})
     arguments = compiled.memory_analysis().argument_size_in_bytes
-    all_arguments = full.lower(state_f, frozen_f, step_lib.Constants(), batch_f).compile().memory_analysis().argument_size_in_bytes
+    all_arguments = (
+        full.lower(state_f, frozen_f, step_lib.Constants(), batch_f).compile().memory_analysis().argument_size_in_bytes
+    )
     upper = sum(x.nbytes for x in jax.tree.leaves(frozen["params"]["llm"]["plain"]))
     assert all_arguments - arguments >= upper  # the upper blocks are not even arguments
     assert batch.tokens_BxT.shape[1] < batch_f.tokens_BxT.shape[1]  # rows end with the audio

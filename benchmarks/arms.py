@@ -1,0 +1,50 @@
+"""Runs of `aura-jax quickstart` with keys changed, one process each, and their scores as results to commit."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run(workdir: Path, arguments: Sequence[str], scores_of: Path | None = None) -> dict[str, Any]:
+    """Runs the quickstart in `workdir`, or goes on with it, and returns its scores and the command that made them.
+
+    Args:
+      arguments: of the quickstart, beside --workdir.
+      scores_of: the workdir whose scores are meant, if it is another.
+    """
+    command = [sys.executable, "-m", "aura_jax.cli", "quickstart", "--workdir", str(workdir), *arguments]
+    print(f"== {workdir.name} {shlex.join(arguments)}", flush=True)
+    subprocess.run(command, check=True)
+    scores = json.loads(((scores_of or workdir) / "scores.json").read_text())
+    return {"command": shlex.join(["aura-jax", "quickstart", "--workdir", workdir.name, *arguments]), **scores}
+
+
+def write(name: str, what: str, results: dict[str, Any]) -> None:
+    """Writes results/NAME.json: what was measured, on which machine, and `results`."""
+    path = RESULTS / f"{name}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"what": what, "machine": machine(), **results}, indent=1) + "\n")
+    partial.replace(path)
+    print(f"wrote {path}")
+
+
+def machine() -> str:
+    """Returns the processor's name, the cores that this process may use, and the memory."""
+    info = Path("/proc/cpuinfo").read_text()
+    model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "?")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+
+
+def spread(values: Iterable[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Returns the mean, and the range where there is more than one value."""
+    scaled = [value * scale for value in values]
+    mean = f"{sum(scaled) / len(scaled):.{digits}f}"
+    return mean if len(scaled) == 1 else f"{mean} ({min(scaled):.{digits}f} to {max(scaled):.{digits}f})"
