@@ -20,6 +20,7 @@ from aura_jax.evaluate.run import evaluate_set, intent_classifier
 from aura_jax.infer.generate import Generator
 from aura_jax.train import loop
 
+ANSWER_TOKENS = 96  # a small LLM often reasons aloud before it answers
 COMMITTED = Path("benchmarks/results/quickstart.json")
 
 
@@ -70,7 +71,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
             rows = text.load_heldout(config.eval.text_heldout, built.chat)
             out["text"] = {"loss": text.compare_text(built, variables, rows)}
             questions = text.load_questions(config.eval.text_questions)
-            out["text"]["questions"] = text.ask(built, variables, questions)
+            out["text"]["questions"] = text.ask(built, variables, questions, max_new_tokens=ANSWER_TOKENS)
     return out
 
 
