@@ -50,6 +50,10 @@ config:
   --config=FILE           a Python file with get_config(), such as configs/quickstart.py
   --config.KEY=VALUE      overrides one key, e.g. --config.lora.rank=32 --config.train.steps=200;
                           aura_jax/config.py lists all keys with their defaults"""
+_OVERRIDE_HELP = """\
+config:
+  --config.KEY=VALUE      overrides what another machine may need other than the run had it: mesh.*,
+                          model.attention, eval.*; e.g. --config.mesh.data=1 --config.model.attention=xla"""
 
 
 def _workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -73,6 +77,7 @@ def _train(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     from aura_jax import config
 
     loaded = config.load(config_arguments)
+    _make_workdir(args.workdir)
     from aura_jax.train import loop
 
     return loop.RESUME_EXIT_CODE if loop.train(loaded, args.workdir).interrupted else 0
@@ -89,6 +94,7 @@ def _quickstart(args: argparse.Namespace, config_arguments: Sequence[str]) -> in
     if not any(argument.startswith("--config=") for argument in config_arguments):
         config_arguments = [f"--config={_QUICKSTART_CONFIG}", *config_arguments]
     loaded = config.load(config_arguments)
+    _make_workdir(args.workdir)
     from aura_jax.experiments import quickstart
 
     return quickstart.main(args.workdir, loaded, ablation=args.ablation)
@@ -111,7 +117,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     _which(parser)
 
 
-def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
+def _eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from aura_jax import checkpoint, config
     from aura_jax.data.manifest import load_manifest
     from aura_jax.evaluate import run, score
@@ -121,6 +127,7 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
         if path is not None:
             _make_parent(path)
     config_of_run = config.from_json(args.workdir / "config.json")
+    config_of_run = config.override(config_of_run, overrides, checkpoint.INFERENCE_KEYS)
     sets = sets or dict(config_of_run.eval.sets)
     if not sets:
         raise UserError(f"nothing to evaluate: add --data MANIFEST, or eval.sets to the config of {args.workdir}")
@@ -136,7 +143,7 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
     else:
         from aura_jax.infer.generate import Generator
 
-        answers = Generator(*checkpoint.load_for_inference(args.workdir, args.which))
+        answers = Generator(*checkpoint.load_for_inference(args.workdir, args.which, overrides=overrides))
 
     results = {name: run.evaluate_set(answers, rows[name], name=name, classifier=classifier) for name in rows}
     scores = {name: result.scores for name, result in results.items()}
@@ -179,7 +186,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _which(parser)
 
 
-def _generate(args: argparse.Namespace, _: Sequence[str]) -> int:
+def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not args.audio and not args.prompt:
         raise UserError("nothing to answer: add --audio FILE, or --prompt TEXT, or both")
     from aura_jax import checkpoint
@@ -187,7 +194,7 @@ def _generate(args: argparse.Namespace, _: Sequence[str]) -> int:
     from aura_jax.infer.generate import Generator, Request
 
     waveforms = [load_audio(file) for file in args.audio]
-    system, variables = checkpoint.load_for_inference(args.workdir, args.which)
+    system, variables = checkpoint.load_for_inference(args.workdir, args.which, overrides=overrides)
     generator = Generator(system, variables, max_new_tokens=args.max_new_tokens)
     requests = [Request(waveform, args.prompt) for waveform in waveforms] or [Request(prompt=args.prompt)]
     files = args.audio or [None]
@@ -216,12 +223,13 @@ def _assets(args: argparse.Namespace, _: Sequence[str]) -> int:
         return 0
     if args.names:
         raise UserError(f"assets list takes no names: did you mean `aura-jax assets fetch {args.names[0]}`?")
-    rows = [("name", "from", "MB", "licence", "what")]
+    rows = [("name", "kind", "MB", "licence", "what, and from where")]
     for asset in assets.list_assets():
         rows.append((asset.name, asset.kind, f"{asset.size / 1e6:.0f}", asset.licence, asset.what))
+        rows += [("", "", "", "", f"  {line}") for line in asset.origin]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for name, kind, size, *rest in rows:
-        line = (name.ljust(widths[0]), kind.ljust(widths[1]), size.rjust(widths[2]), rest[0].ljust(widths[3]), rest[1])
+    for name, kind, size, licence, what in rows:
+        line = (name.ljust(widths[0]), kind.ljust(widths[1]), size.rjust(widths[2]), licence.ljust(widths[3]), what)
         print("  ".join(line))
     return 0
 
@@ -275,21 +283,23 @@ def _verbs() -> Mapping[str, _Verb]:
         "eval": _Verb(
             "word error rate, exact match and intent accuracy on manifests",
             "Decodes whole sets and prints a table with 95% intervals. Without --data and --set: eval.sets of the\n"
-            "run's config. Intent accuracy appears where rows have an 'intent'.",
+            "run's config. Intent accuracy appears where rows have an 'intent'.\n\n" + _OVERRIDE_HELP,
             _eval_arguments,
             _eval,
+            takes_config=True,
         ),
         "generate": _Verb(
             "answer speech or text",
             "With --audio and no --prompt, does what the run was trained to do (transcribe); with --prompt alone, a\n"
-            "turn of text. Audio: WAV, FLAC, Ogg Vorbis, Opus or MP3.",
+            "turn of text. Audio: WAV, FLAC, Ogg Vorbis, Opus or MP3.\n\n" + _OVERRIDE_HELP,
             _generate_arguments,
             _generate,
+            takes_config=True,
         ),
         "assets": _Verb(
             "list or fetch the models that configs name",
-            "`list` shows every named model; `fetch NAME ...` downloads, verifies and converts, and prints where\n"
-            "the Hugging Face directory lies. $AURA_JAX_CACHE moves the cache.",
+            "`list` shows every named model, where it is from and what it must be; `fetch NAME ...` downloads,\n"
+            "verifies and converts, and prints where the Hugging Face directory lies. $AURA_JAX_CACHE moves the cache.",
             _assets_arguments,
             _assets,
         ),
@@ -344,6 +354,16 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             own.append(argument)
     return own, config_arguments
+
+
+def _make_workdir(path: Path) -> None:
+    """Before anything is fetched or loaded."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"--workdir {path}: no folder to write to ({error.strerror}): name another") from error
 
 
 def _make_parent(path: Path) -> None:

@@ -4,6 +4,7 @@ A file in configs/ starts from `default()` and changes what it needs. A key that
 """
 
 import json
+import math
 import re
 import runpy
 import sys
@@ -21,6 +22,10 @@ from aura_jax.errors import UserError, nearest
 Config: TypeAlias = Any
 
 OBJECTIVES = ("lm", "distill", "text_anchor", "text_kd")
+_TEXT_OBJECTIVES = {"text_anchor", "text_kd"}
+
+# Nodes whose keys the user names.
+_OPEN = ("train.stages", "eval.sets", "data.template_kwargs")
 
 
 def stage(steps: int, learning_rate: float, objectives: dict[str, float], **changes) -> Config:
@@ -60,7 +65,7 @@ def default() -> Config:
             dtype="float32",  # of the computation: float32 or bfloat16
             param_dtype="float32",  # frozen weights are stored in this
             matmul_dtype="",  # of the operands of products with the LLM's frozen weights; "": as dtype
-            attention="xla",  # xla or cudnn
+            attention="xla",  # of LLM and teacher: xla or cudnn
             remat="none",  # none, dots, or full
             mask="bidirectional",  # inside an audio span: causal, bidirectional, or block
             chunk=0,  # tokens, for mask = block
@@ -83,7 +88,7 @@ def default() -> Config:
         dict(
             kind="stem",  # stem or patch
             token_rate=12.5,  # Hz: 25, 12.5, 8.33 or 6.25
-            from_teacher=True,  # stem: start from the teacher's convolutions
+            from_teacher=True,  # stem: start from the teacher's convolutions; patch has none, and starts at random
         )
     )
     c.teacher = ConfigDict(
@@ -116,6 +121,7 @@ def default() -> Config:
             speeds=(1.0,),  # factors, drawn anew each epoch
             prompt="",  # after the audio, where the manifest has none
             chat_template="",  # Jinja; empty: the tokenizer's own
+            template_kwargs={},  # further variables of the template, such as {"enable_thinking": False}
             system="",  # system turn; empty: what the template does by itself
             workers=0,  # processes; 0: threads of this one
             threads=2,
@@ -170,10 +176,47 @@ def load(argv: Sequence[str]) -> Config:
       UserError: for a missing or broken file, an unknown key (the nearest is suggested), or a value of another type.
     """
     path, overrides = _config_file(argv)
-    config = _read(path)
+    config = _apply(_read(path), overrides)
+    validate(config)
+    return config
+
+
+def override(config: Config, arguments: Sequence[str], allowed: Sequence[str]) -> Config:
+    """Returns the configuration of a run with `--config.a.b=value` arguments; without any, `config` itself.
+
+    The values are checked where they are used: a run from before a rule of `validate` can still be read.
+
+    Args:
+      allowed: keys that may change; one that ends in "." stands for all below it.
+
+    Raises:
+      UserError: as `load`, and for a key that is not allowed.
+    """
+    if not arguments:
+        return config
+    keys = [_key(argument) for argument in arguments]
+    if "" in keys:
+        argument = arguments[keys.index("")]
+        raise UserError(f"unexpected argument {argument!r}: the run has its config; override --config.KEY=VALUE")
+    changed = _apply(config.copy_and_resolve_references(), arguments)
+    for key in keys:
+        if not any(key.startswith(name) if name.endswith(".") else key == name for name in allowed):
+            names = ", ".join(f"{name}*" if name.endswith(".") else name for name in allowed)
+            raise UserError(f"{key} is part of what the run was trained with: only {names} can be overridden here")
+    return changed
+
+
+def _key(argument: str) -> str:
+    """Returns the key that `--config.KEY=VALUE` or `--noconfig.KEY` overrides; "" for another argument."""
+    match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+    return match[1] if match else ""
+
+
+def _apply(config: Config, overrides: Sequence[str]) -> Config:
+    """Overrides keys of `config` in place, and returns it."""
     for argument in overrides:
-        if key := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            _check_key(config, key[1])
+        if key := _key(argument):
+            _check_key(config, key)
     registry = flags.FlagValues()
     try:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=registry, sys_argv=["", *overrides])
@@ -184,7 +227,6 @@ def load(argv: Sequence[str]) -> Config:
         raise UserError(_one_line(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: overrides look like --config.train.steps=10")
-    validate(holder.value)
     return holder.value
 
 
@@ -250,19 +292,47 @@ def to_json(config: Config) -> str:
 
 
 def from_json(path: Path) -> Config:
-    """Reads what `to_json` wrote, in a workdir or an export."""
+    """Reads what `to_json` wrote in a workdir; keys that there were not yet when it was written get their defaults.
+
+    Raises:
+      UserError: there is no such file, or it holds no config of this version: the line names the key.
+    """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"no config at {path}: is this a workdir of aura-jax train?") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     as_tuples: Any = lambda v: (
         tuple(map(as_tuples, v))
         if isinstance(v, list)
         else ({k: as_tuples(x) for k, x in v.items()} if isinstance(v, dict) else v)
     )
-    return ConfigDict(dict(as_tuples(values)))
+    config = default()
+    try:
+        _overlay(config, as_tuples(values), "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    return config
+
+
+def _overlay(config: Config, values: Any, where: str) -> None:
+    """Sets every key of `config` that is in `values`."""
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{where.removesuffix('.') or 'the file'} is not an object: was this written by aura-jax train?"
+        )
+    for key, value in values.items():
+        if where == "train.stages.":
+            config[key] = stage(1, 1.0, {})
+        elif key not in config and where.removesuffix(".") not in _OPEN:
+            raise UserError(f"unknown key {where}{key}: {nearest(key, config.keys())}")
+        if isinstance(config.get(key), ConfigDict):
+            _overlay(config[key], value, f"{where}{key}.")
+        else:
+            config[key] = value
 
 
 def stages(config: Config) -> list[tuple[str, ConfigDict]]:
@@ -297,7 +367,7 @@ def _check_keys(config: Config, expected: Config, where: str) -> None:
     for key in expected:
         if key not in config:
             raise UserError(f"there is no {where}{key}: change what aura_jax.config.default() returns, and return it")
-        if isinstance(expected[key], ConfigDict) and f"{where}{key}" not in ("train.stages", "eval.sets"):
+        if isinstance(expected[key], ConfigDict) and f"{where}{key}" not in _OPEN:
             _check_keys(config[key], expected[key], f"{where}{key}.")
 
 
@@ -319,6 +389,10 @@ def validate(c: Config) -> None:
         if value < low:
             raise UserError(f"{key} must be at least {low}, not {value}")
 
+    def multiple_of_accumulate(key: str) -> None:
+        if c.data[key] % c.train.accumulate:
+            raise UserError(f"data.{key} {c.data[key]} is not a multiple of train.accumulate {c.train.accumulate}")
+
     one_of("model.dtype", ("float32", "bfloat16"))
     one_of("model.param_dtype", ("float32", "bfloat16"))
     one_of("model.matmul_dtype", ("", "float32", "bfloat16"))
@@ -337,17 +411,29 @@ def validate(c: Config) -> None:
         "train.log_every",
         "train.keep",
         "train.checkpoint_every",
+        "train.eval_rows",
         "eval.batch_size",
         "eval.max_new_tokens",
         "train.max_skipped",
     ):
         at_least(key, 1)
-    for key in ("train.steps", "train.eval_every", "data.min_seconds", "data.workers", "optimizer.weight_decay"):
+    for key in (
+        "train.steps",
+        "train.eval_every",
+        "train.profile_start",
+        "train.profile_steps",
+        "data.min_seconds",
+        "data.workers",
+        "optimizer.weight_decay",
+    ):
         at_least(key, 0)
-    if c.data.batch_size % c.train.accumulate:
-        raise UserError(
-            f"data.batch_size {c.data.batch_size} is not a multiple of train.accumulate {c.train.accumulate}"
-        )
+    multiple_of_accumulate("batch_size")
+    _validate_data(c.data)
+    for pair in c.distill.pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, int) for x in pair)):
+            raise UserError(f"distill.pairs: {pair!r} is no pair of blocks: write ((STUDENT, TEACHER), ...)")
+    if c.lora.alpha <= 0:
+        raise UserError(f"lora.alpha must be above 0, not {c.lora.alpha}")
     if c.data.text_chat > 1:
         raise UserError(f"data.text_chat is a share of at most 1, not {c.data.text_chat}")
     if not 0 < c.lora.text_energy <= 1:
@@ -375,8 +461,10 @@ def validate(c: Config) -> None:
             raise UserError(f"train.stages.{name}.objectives: every weight is 0")
         if "distill" in active and not c.model.teacher:
             raise UserError(f"train.stages.{name} distils, but model.teacher is empty: name a Whisper")
+        if merged and c.train.stages[name].merge_lora:
+            raise UserError(f"train.stages.{name}: merge_lora, but an earlier stage merged LoRA: set it to False")
         merged = merged or c.train.stages[name].merge_lora
-        if set(active) & {"text_anchor", "text_kd"}:
+        if set(active) & _TEXT_OBJECTIVES:
             if merged:
                 raise UserError(
                     f"train.stages.{name} anchors text to the LLM without adapters, which merge_lora ended: "
@@ -384,6 +472,7 @@ def validate(c: Config) -> None:
                 )
             if not c.data.text_pool:
                 raise UserError(f"train.stages.{name} uses text, but data.text_pool is empty: name a JSON lines file")
+            multiple_of_accumulate("text_rows")
             if c.lora.scope == "audio":
                 raise UserError(
                     f"train.stages.{name} anchors text, but lora.scope 'audio' never touches text: drop one of them"
@@ -399,3 +488,31 @@ def validate(c: Config) -> None:
             raise UserError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
         if rate <= 0:
             raise UserError(f"trainable: the rate of {pattern!r} must be above 0, not {rate}")
+
+
+def _validate_data(data: Config) -> None:
+    """The part of `validate` about `data`."""
+    write = """write ((MANIFEST, PASSES), ...), such as --config.data.train='(("my.jsonl", 1.0),)'"""
+    for row in data.train:
+        if not (isinstance(row, (tuple, list)) and len(row) == 2 and isinstance(row[0], str) and _is_number(row[1])):
+            raise UserError(f"data.train: {row!r} is no pair of a manifest and its passes per epoch: {write}")
+        if row[1] <= 0:
+            raise UserError(f"data.train: the passes of {row[0]} must be above 0, not {row[1]}")
+    if data.text_pool and data.text_rows < 1:
+        raise UserError(f"data.text_rows must be at least 1, not {data.text_rows}")
+    if not data.speeds or not all(_is_number(speed) and speed > 0 for speed in data.speeds):
+        raise UserError(f"data.speeds must be factors above 0, such as (0.9, 1.0, 1.1), not {data.speeds}")
+    augment = data.augment
+    for key in ("gain_db", "noise_snr_db"):
+        bounds = augment[key]
+        if len(bounds) != 2 or not all(map(_is_number, bounds)) or bounds[0] > bounds[1]:
+            raise UserError(f"data.augment.{key} must be two numbers, the lower first, not {bounds}")
+    if not 0 <= augment.noise_probability <= 1:
+        raise UserError(f"data.augment.noise_probability must be from 0 to 1, not {augment.noise_probability}")
+    for key in ("freq_masks", "freq_width", "time_masks", "time_width"):
+        if augment[key] < 0:
+            raise UserError(f"data.augment.{key} must be at least 0, not {augment[key]}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -23,6 +23,8 @@ from aura_jax.models.lora import LoRAConfig
 from aura_jax.models.speech_llm import SpeechLLM, SpeechLLMConfig
 from aura_jax.models.whisper import WhisperConfig, WhisperEncoder
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a directory has one of them
+
 
 @dataclasses.dataclass(frozen=True)
 class System:
@@ -91,19 +93,43 @@ def build(config: Config) -> System:
     if whisper is not None:
         given = tuple(tuple(pair) for pair in config.distill.pairs)
         pairs = layer_map(config.distill.layer_map, lora.n_blocks, whisper.encoder_blocks, given)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llm_dir)
+    teacher = None
+    if whisper is not None:
+        teacher = WhisperEncoder(whisper, dtype, param_dtype, attention_impl=config.model.attention)
+    tokenizer = load_tokenizer(llm_dir)
     return System(
         config=config,
         llm_dir=llm_dir,
         teacher_dir=teacher_dir,
         model=model,
-        teacher=WhisperEncoder(whisper, dtype=dtype, param_dtype=param_dtype) if whisper else None,
+        teacher=teacher,
         teacher_config=whisper,
         pairs=pairs,
         frames_per_token=embedder.frames_per_token,
         tokenizer=tokenizer,
-        chat=ChatFormat(tokenizer, config.data.chat_template or None, config.data.system or None),
+        chat=ChatFormat(
+            tokenizer,
+            config.data.chat_template or None,
+            config.data.system or None,
+            config.data.template_kwargs.to_dict(),
+        ),
     )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Reads the tokenizer of a Hugging Face directory.
+
+    Raises:
+      UserError: it holds no tokenizer, or a damaged one.
+    """
+    if not any((directory / name).is_file() for name in _TOKENIZERS):
+        # For a Whisper, transformers would make an empty one.
+        raise UserError(f"{directory}: no tokenizer ({', '.join(_TOKENIZERS)}): copy it there, beside the weights")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # of transformers, tokenizers or json, and none of them documented
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{directory}: the tokenizer cannot be read ({reason}): copy or fetch it again") from error
 
 
 def _init(system: System, key: jax.Array) -> dict:

