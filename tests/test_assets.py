@@ -159,10 +159,13 @@ def test_pip_failures_are_one_line(tmp_path, monkeypatch):
 
 def test_pip_is_asked_for_one_wheel_without_dependencies(tmp_path, monkeypatch):
     commands = []
-    run = lambda command, **k: commands.append(command) or subprocess.CompletedProcess(command, 0, None, "")
+    run = lambda command, **k: commands.append((command, k)) or subprocess.CompletedProcess(command, 0, None, "")
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("PIP_RESUME_RETRIES", raising=False)
     assets._pip_download("fake==1", tmp_path)
-    assert {"download", "--no-deps", "--only-binary=:all:", "fake==1"} <= set(commands[0])
+    ((command, options),) = commands
+    assert {"download", "--no-deps", "--only-binary=:all:", "fake==1"} <= set(command)
+    assert int(options["env"]["PIP_RESUME_RETRIES"]) > 0
 
 
 def test_a_reference_is_a_directory_an_asset_or_a_hub_repository(tmp_path, monkeypatch):
@@ -182,13 +185,53 @@ def test_a_reference_is_a_directory_an_asset_or_a_hub_repository(tmp_path, monke
     assert asked == [("owner/name", None), ("owner/name", "v1"), ("HuggingFaceTB/SmolLM2-135M-Instruct", pinned)]
 
 
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    """A snapshot as huggingface_hub lays it out: links to files that are called by their hashes."""
+    content = b"weights"
+    blob = tmp_path / "hub" / "blobs" / hashlib.sha256(content).hexdigest()
+    folder = tmp_path / "hub" / "snapshots" / "commit"
+    for parent in (blob.parent, folder):
+        parent.mkdir(parents=True)
+    blob.write_bytes(content)
+    (folder / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(assets, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setenv("AURA_JAX_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_weights_of_the_hub_are_verified_once(snapshot, monkeypatch):
+    assert assets.resolve("hf://owner/name") == snapshot
+    monkeypatch.setattr(assets, "_sha256", lambda path: pytest.fail("hashed again"))
+    assert assets.resolve("hf://owner/name") == snapshot
+
+
+@pytest.mark.parametrize("damaged", [b"weight", b"wEights"])
+def test_damaged_weights_of_the_hub_are_refused(snapshot, damaged):
+    assets.resolve("hf://owner/name")
+    blob = (snapshot / "model.safetensors").resolve()
+    blob.write_bytes(damaged)
+    with pytest.raises(UserError) as error:
+        assets.resolve("hf://owner/name")
+    for part in ("model.safetensors", blob.name, hashlib.sha256(damaged).hexdigest(), f"delete {blob}"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_snapshot_without_links_is_taken_as_it_is(snapshot):
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").write_bytes(b"other weights")
+    assert assets.resolve("hf://owner/name") == snapshot
+
+
 def test_references_that_are_nothing_say_what_is_near(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for reference, message in (
         ("whisper-tiny.en-weel", "did you mean 'whisper-tiny.en-wheel'?"),
         ("hf://whisper", "write hf://owner/name"),
-        ("openai/whisper-tiny", r"for the hub's repository, write hf://openai/whisper-tiny"),
+        ("openai/whisper-tiny", r"on the Hugging Face Hub, write hf://openai/whisper-tiny"),
         (str(tmp_path / "absent"), "does not exist"),
         (str(tmp_path / "empty"), "holds no config.json"),
         (str(tmp_path / "file"), "is a file: name the Hugging Face model directory"),
@@ -205,7 +248,7 @@ def test_hub_failures_say_what_to_do(monkeypatch):
     failures = {
         LocalEntryNotFoundError("no\nconnection"): "connect (or set HF_ENDPOINT to a mirror)",
         GatedRepoError("gated", response=response): "hf auth login",
-        RepositoryNotFoundError("no", response=response): "no such hub repository",
+        RepositoryNotFoundError("no", response=response): "no such repository on the Hugging Face Hub",
         OSError(28, "No space left on device"): "No space left on device",
     }
     for failure, message in failures.items():
@@ -235,6 +278,7 @@ def test_the_table_is_complete():
     for asset in assets.list_assets():
         assert asset.licence and asset.what and asset.kind in ("hub", "wheel", "random")
         assert (asset.size > 0) == (asset.kind != "random")
+        assert len(asset.origin) == max(1, len(asset.wheels))
         if asset.kind == "hub":
             assert len(asset.revision) == 40 and asset.source.count("/") == 1
         else:

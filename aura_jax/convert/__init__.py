@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face, CTranslate2 and GGUF in; PEFT in and out; torch export."""
+"""Weights in: Hugging Face directories onto the mesh; CTranslate2 and GGUF files to Hugging Face directories."""

@@ -68,7 +68,7 @@ def convert_llm(path: Path, output: Path) -> None:
     meta = {key: field.contents() for key, field in reader.fields.items()}
     if meta.get("general.architecture") != "llama":
         found = meta.get("general.architecture")
-        raise UserError(f"{path.name}: architecture {found!r}, known is 'llama': fetch the model from the hub")
+        raise UserError(f"{path.name}: architecture {found!r}, known is 'llama': fetch the Hugging Face model")
     config = _config(meta)
     tensors = _tensors(reader, config, path.name)
     dtype = _exact_dtype(tensors)
@@ -111,11 +111,11 @@ def _config(meta: Mapping) -> dict:
     def get(key: str, default=None):
         value = meta.get(f"llama.{key}", default)
         if value is None:
-            raise UserError(f"the GGUF file lacks the key llama.{key}: fetch the model from the hub")
+            raise UserError(f"the GGUF file lacks the key llama.{key}: fetch the Hugging Face model")
         return value
 
     if meta.get("llama.rope.scaling.type", "none") != "none" or "llama.expert_count" in meta:
-        raise UserError("the GGUF file has rope scaling or experts, which are not read: fetch the model from the hub")
+        raise UserError("the GGUF file has rope scaling or experts, which are not read: fetch the Hugging Face model")
     heads, width = get("attention.head_count"), get("embedding_length")
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -179,7 +179,7 @@ def _tokenizer(meta: Mapping, name: str) -> Tokenizer:
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise UserError(
-            f"{name}: tokenizer {kind!r} with pre-tokenizer {pre!r} is unknown here: fetch the model from the hub"
+            f"{name}: tokenizer {kind!r} with pre-tokenizer {pre!r} is unknown here: fetch the Hugging Face model"
         )
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]

@@ -1,9 +1,9 @@
 """Hugging Face directories (config.json and safetensors, one file or an index of shards) into stacked parameter trees.
 
 Each leaf of a tree is filled through `jax.make_array_from_callback` from slices of the files: a host reads the parts
-that its devices hold, and nothing else. The correspondence of names is a table, used in both directions by exports:
-a path of the tree, and for each block the Hugging Face key and the order of its axes. Whatever has no counterpart, on
-either side, is an error that lists the keys.
+that its devices hold, and nothing else. The correspondence of names is a table: a path of the tree, and for each block
+the Hugging Face key and the order of its axes. Whatever has no counterpart, on either side, is an error that lists the
+keys.
 """
 
 import contextlib
