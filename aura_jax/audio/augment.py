@@ -72,9 +72,7 @@ def add_noise(
     return jax.vmap(row)(keys_B, waveform_BxS, n_samples_B)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("n_freq_masks", "freq_width", "n_time_masks", "time_width", "max_time_fraction")
-)
+@functools.partial(jax.jit, static_argnames=("n_freq_masks", "freq_width", "n_time_masks", "time_width"))
 def spec_augment(
     keys_B: jax.Array,
     mel_BxFxM: jax.Array,
@@ -84,7 +82,6 @@ def spec_augment(
     freq_width: int,
     n_time_masks: int,
     time_width: int,
-    max_time_fraction: float = 1.0,
 ) -> jax.Array:
     """SpecAugment's masks (arXiv 1904.08779, section 2, without time warping), filled with the row's mean.
 
@@ -99,7 +96,6 @@ def spec_augment(
       freq_width: the widest frequency mask, bins.
       n_time_masks: time masks a row.
       time_width: the widest time mask, frames.
-      max_time_fraction: no time mask is wider than this fraction of the valid frames (the paper's p).
 
     Returns:
       [B, F, M] of the input's type.
@@ -124,7 +120,7 @@ def spec_augment(
         valid_F = jnp.arange(mel_FxM.shape[0]) < n_frames
         total = jnp.sum(jnp.where(valid_F[:, None], mel_FxM.astype(jnp.float32), 0.0))
         mean = total / jnp.maximum(n_frames * n_bins, 1)
-        widest = jnp.minimum(time_width, jnp.floor(max_time_fraction * n_frames).astype(jnp.int32))
+        widest = jnp.minimum(time_width, n_frames)
         freq_M = masked(freq_key, n_freq_masks, freq_width, n_bins, n_bins)
         time_F = masked(time_key, n_time_masks, widest, n_frames, mel_FxM.shape[0])
         return jnp.where((time_F[:, None] | freq_M) & valid_F[:, None], mean.astype(mel_FxM.dtype), mel_FxM)

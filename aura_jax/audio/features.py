@@ -31,6 +31,11 @@ def n_encoder_frames(n_samples):
     return -(-n_frames(n_samples) // 2)
 
 
+def encoder_samples(n_encoder_frames: int) -> int:
+    """Samples at 16 kHz that so many encoder frames cover: 320 each; of a Whisper's positions, its window."""
+    return 2 * HOP * n_encoder_frames
+
+
 def n_audio_tokens(n_samples, token_rate: float):
     """Audio tokens that cover `n_samples` at `token_rate` Hz: ceil(n_encoder_frames / frames_per_token).
 

@@ -1,4 +1,4 @@
-"""Audio files, bytes and streams to mono float32 waveforms at one sample rate."""
+"""Audio files, bytes and streams to mono float32 waveforms at 16 kHz."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.errors import UserError
 
 _FORMATS = "WAV, FLAC, Ogg Vorbis, Opus or MP3"
@@ -25,17 +26,14 @@ class AudioError(UserError):
     """Audio that cannot be used: its text names the file and the mend."""
 
 
-def load_audio(
-    source: str | Path | bytes | BinaryIO, *, sample_rate: int = 16000, max_seconds: float | None = None
-) -> np.ndarray:
-    """Decodes a clip to a mono waveform.
+def load_audio(source: str | Path | bytes | BinaryIO, *, max_seconds: float | None = None) -> np.ndarray:
+    """Decodes a clip to a mono waveform at 16 kHz.
 
     Channels are averaged while decoding, block by block, and the result is resampled with soxr's "HQ" filter.
 
     Args:
       source: a path, an audio file's bytes, or a binary stream, which is read to its end. WAV, FLAC, Ogg Vorbis, Opus
         or MP3.
-      sample_rate: Hz of the result.
       max_seconds: longer clips are refused: by their header before anything is decoded, and, where a header is wrong,
         as soon as the limit is passed. None: no limit.
 
@@ -63,10 +61,10 @@ def load_audio(
     if not np.isfinite(waveform_S).all():
         where = int(np.argmin(np.isfinite(waveform_S))) / rate
         raise AudioError(f"{name}: NaN or infinite samples, the first at {where:.3f} s: export the clip again")
-    if rate != sample_rate:
-        waveform_S = soxr.resample(waveform_S, rate, sample_rate, quality="HQ")
+    if rate != SAMPLE_RATE:
+        waveform_S = soxr.resample(waveform_S, rate, SAMPLE_RATE, quality="HQ")
         if not len(waveform_S):
-            raise AudioError(f"{name}: too short for one sample at {sample_rate} Hz: record it again")
+            raise AudioError(f"{name}: too short for one sample at {SAMPLE_RATE} Hz: record it again")
     return np.ascontiguousarray(waveform_S, dtype=np.float32)
 
 

@@ -17,7 +17,6 @@ class Example(NamedTuple):
     suffix_ids: Sequence[int] = ()
     response_ids: Sequence[int] = ()  # targets; the last one is predicted, never read
     waveform_S: np.ndarray | None = None  # float32, 16 kHz; None = text-only
-    key: int = 0  # of the clip
     teacher_PxAxE: np.ndarray | None = None  # float16, one state per audio token
 
 
@@ -64,7 +63,6 @@ def assemble(
         target_position_BxR=np.zeros((B, R), np.int32),
         target_id_BxR=np.zeros((B, R), np.int32),
         target_weight_BxR=np.zeros((B, R), np.float32),
-        clip_key_BxK=np.zeros((B, K), np.int32),
         teacher_BxKxPxAxE=np.zeros((B, K, teacher_shape[0], A, teacher_shape[1]), np.float16)
         if teacher_shape
         else None,
@@ -135,8 +133,7 @@ def _write_clip(batch: Batch, b: int, k: int, example: Example, columns: np.ndar
     batch.audio_position_BxKxA[b, k, :n_audio] = columns
     batch.waveform_BxKxS[b, k, :n_samples] = example.waveform_S
     batch.n_samples_BxK[b, k] = n_samples
-    batch.clip_key_BxK[b, k] = example.key
     if batch.teacher_BxKxPxAxE is not None:
         if example.teacher_PxAxE is None or example.teacher_PxAxE.shape[1] != n_audio:
-            raise ValueError(f"teacher states do not cover the {n_audio} audio tokens of clip {example.key}")
+            raise ValueError(f"teacher states do not cover the {n_audio} audio tokens of a clip")
         batch.teacher_BxKxPxAxE[b, k, :, :n_audio] = example.teacher_PxAxE

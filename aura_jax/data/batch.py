@@ -35,8 +35,6 @@ class Batch(NamedTuple):
         target_position_BxR: int32, the column whose hidden state predicts the target; 0 where there is none.
         target_id_BxR: int32, the token to predict; 0 where there is none.
         target_weight_BxR: float32, 0 = no target.
-        clip_key_BxK: int32, a stable integer per example, for random keys and the teacher store: the row's number
-            across the run's sources; 0 where there is no clip.
         teacher_BxKxPxAxE: float16, precomputed teacher states pooled to audio tokens, zeros where there are none;
             None if not precomputed.
         text_tokens_MxL: int32, rows of plain text; None if the run uses no text pool.
@@ -56,7 +54,6 @@ class Batch(NamedTuple):
     target_position_BxR: Array
     target_id_BxR: Array
     target_weight_BxR: Array
-    clip_key_BxK: Array
     teacher_BxKxPxAxE: Array | None = None
     text_tokens_MxL: Array | None = None
     text_segment_MxL: Array | None = None

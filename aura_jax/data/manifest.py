@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from tqdm import tqdm
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import AudioError, audio_seconds
 from aura_jax.errors import UserError
+
+ROUNDING = 8  # samples that `clip_samples` adds to what a manifest says: half a millisecond
 
 _STRINGS = ("audio", "text", "prompt", "response", "id")
 _MANY = 2000  # headers: beyond it reading takes seconds, and a progress bar says so
@@ -65,44 +67,53 @@ def load_manifest(path: str | Path) -> list[Row]:
     No audio file is opened, but the folders that hold them must exist.
 
     Raises:
-        UserError: the file is missing, a folder, or has no rows; a line is not a JSON object, lacks a key, or has one
-            of the wrong type; a folder of clips does not exist. Names the file, line and key, and the mend.
+        UserError: as `json_lines`; the manifest has no rows; a line lacks a key, or has one of the wrong type; a folder
+            of clips does not exist. Names the file, line and key, and the mend.
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such manifest: check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder: give a manifest (JSON lines)") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}: check the file and its permissions") from None
-    rows, folders = [], set()
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            row = _parse(line, f"{path}:{number}", path.parent.absolute(), number)
-            folder = os.path.dirname(row.audio) if row.audio else None
-            if folder and folder not in folders and not os.path.isdir(folder):
-                raise UserError(
-                    f"{row.where}: the folder {folder} of 'audio' does not exist: mend the path, "
-                    "which is absolute or relative to the manifest"
-                )
-            folders.add(folder)
-            rows.append(row)
+    home, rows, folders = Path(path).parent.absolute(), [], set()
+    for where, values in json_lines(path):
+        row = _parse(values, where, home)
+        folder = os.path.dirname(row.audio) if row.audio else None
+        if folder and folder not in folders and not os.path.isdir(folder):
+            raise UserError(
+                f"{row.where}: the folder {folder} of 'audio' does not exist: mend the path, "
+                "which is absolute or relative to the manifest"
+            )
+        folders.add(folder)
+        rows.append(row)
     if not rows:
         raise UserError(f"{path}: an empty manifest: give one JSON object a line")
     return rows
 
 
-def _parse(line: bytes, where: str, folder: Path, number: int) -> Row:
+def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", object) for each line of a file of JSON lines, UTF-8; empty lines are skipped.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a JSON object: names file and line.
+    """
     try:
-        values = json.loads(line)
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8: save the manifest as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}): give one JSON object a line") from None
-    if not isinstance(values, dict):
-        raise UserError(f'{where}: {type(values).__name__}, not an object: write {{"audio": ..., "text": ...}}')
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): give a file of JSON lines") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            values = json.loads(line)
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8: save the file as UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}: not JSON ({error.msg}, column {error.colno}): give one JSON object a line"
+            ) from None
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: not an object, but {type(values).__name__}: give one JSON object a line")
+        yield where, values
+
+
+def _parse(values: dict[str, Any], where: str, folder: Path) -> Row:
     known = {key: values.pop(key, None) for key in (*_STRINGS, "seconds", "history")}
     for key in _STRINGS:
         if key == "id" and isinstance(known[key], int):
@@ -132,7 +143,7 @@ def _parse(line: bytes, where: str, folder: Path, number: int) -> Row:
         raise UserError(f"{where}: 'audio' is empty: give the path of a clip")
     elif known["text"] is None and known["response"] is None:
         raise UserError(f"{where}: 'audio' without 'text' or 'response': {_NEEDED}")
-    known["id"] = known["id"] or known["audio"] or f"row-{number}"
+    known["id"] = known["id"] or known["audio"] or f"row-{where.rpartition(':')[2]}"
     if known["audio"] is not None:
         known["audio"] = os.path.normpath(folder / known["audio"])
     return Row(where=where, extra=values, **known)
@@ -154,7 +165,8 @@ def _history(turns: Any, where: str) -> tuple[Mapping[str, str], ...]:
 def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: int = 8) -> list[int]:
     """Samples at 16 kHz that each row's clip has at most: by the manifest's `seconds`, else by the file's header.
 
-    A clip whose header cannot be read counts 1 sample: it stays in the plan, and decoding it says what is wrong.
+    That is up to `ROUNDING` more than was said, since seconds may be rounded to milliseconds. A clip whose header
+    cannot be read counts 1 sample: it stays in the plan, and decoding it says what is wrong.
 
     Args:
         rows: of a manifest; text-only ones have 0.
@@ -188,7 +200,7 @@ def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: i
         if row.audio is None:
             return 0
         if row.seconds is not None:
-            return round((row.seconds + 0.0005) * SAMPLE_RATE)  # the most that rounds to these milliseconds
+            return round(row.seconds * SAMPLE_RATE) + ROUNDING
         # The resampler may round up.
         return round((headers[row.audio] or 0) * SAMPLE_RATE) + 1
 

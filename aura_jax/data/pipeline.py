@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class TeacherStore(Protocol):
     """Precomputed teacher states of clean clips."""
 
-    def read(self, clip_key: int, speed: float) -> np.ndarray:
-        """float16 [P, A_i, E]: pooled to the clip's audio tokens at that speed. Raises KeyError if there are none."""
+    def read(self, row: int, speed: float) -> np.ndarray:
+        """float16 [P, A_i, E]: pooled to the audio tokens of a row's clip at that speed; KeyError if there are none."""
         ...
 
 
@@ -185,7 +185,7 @@ class _Batches:
                         f"{row.where}: no teacher states for this clip at speed {pick.speed:.3g}: compute them again"
                     ) from None
         ids = source.prefix_ids[i], source.suffix_ids[i], source.response_ids[i]
-        return Example(*ids, waveform_S=waveform_S, key=pick.row, teacher_PxAxE=teacher_PxAxE)
+        return Example(*ids, waveform_S=waveform_S, teacher_PxAxE=teacher_PxAxE)
 
     def _waveform(self, path: str, planned: int, speed: float) -> np.ndarray:
         """The clip at `speed`, no longer than planned, so that it fits the batch's shape."""

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aura_jax.audio.features import HOP, SAMPLE_RATE, frames_per_token, n_audio_tokens
+from aura_jax.audio.features import SAMPLE_RATE, encoder_samples, frames_per_token, n_audio_tokens
 from aura_jax.data.packing import Bins, first_fit
 from aura_jax.errors import UserError, nearest
 
 LAYOUTS = ("slot", "packed")
+BUCKETS = (2.0, 4.0, 8.0, 16.0, 30.0)  # seconds, where data.buckets names none
 _SHUFFLE, _SUBSET, _ORDER = range(3)  # what a random stream of an epoch is for
 
 
@@ -95,10 +96,9 @@ class BatchPlan:
         speeds: factors; each row has one of them in each epoch, by a hash of (seed, epoch, row).
         layout: "slot" (one example a row, audio at a fixed offset) or "packed" (several a row, no holes).
         text_edges: slot: upper edges of the buckets of suffix and response tokens; the longest row's is always one.
-        pack_tokens: packed: T.
+        pack_tokens: packed: T. R is a quarter more than the average share of it.
         pack_clips: packed: K.
-        pack_targets: packed: R; default a quarter more than the average share of `pack_tokens`.
-        token_multiple: T is rounded up to a multiple of this (attention kernels want 128).
+        token_multiple: T is rounded up to a multiple of this.
         sequential: evaluation order.
 
     Attributes:
@@ -107,8 +107,9 @@ class BatchPlan:
         n_rows: rows of all sources together.
 
     Raises:
-        UserError: a row fits no bucket (it is named, with the mend), there are no rows, or arguments contradict each
-            other.
+        UserError: a row fits no bucket (it is named, with the mend), there are no rows, or a value is out of range;
+            in the words of the configuration.
+        ValueError: arguments contradict each other.
     """
 
     def __init__(
@@ -125,7 +126,6 @@ class BatchPlan:
         text_edges: Sequence[int] | None = None,
         pack_tokens: int | None = None,
         pack_clips: int | None = None,
-        pack_targets: int | None = None,
         token_multiple: int = 1,
         sequential: bool = False,
     ):
@@ -135,7 +135,7 @@ class BatchPlan:
         self._seed, self._names = seed, [source.names_N for source in lengths]
         self._source_sizes = [len(source.n_samples_N) for source in lengths]
         self.n_rows = sum(self._source_sizes)
-        self._check_arguments(layout, text_edges, pack_tokens, pack_clips, pack_targets)
+        self._check_arguments(layout, text_edges, pack_tokens, pack_clips)
 
         samples_N, prefix_N, suffix_N, response_N = (
             np.concatenate([np.asarray(source[field], np.int64) for source in lengths]) for field in range(1, 5)
@@ -145,7 +145,7 @@ class BatchPlan:
         text_N = prefix_N + suffix_N + np.maximum(response_N - 1, 0)
         # audio.augment.speed_samples, for whole arrays.
         self._samples_VxN = np.stack([np.rint(samples_N / speed) for speed in self.speeds]).astype(np.int64)
-        whole_token = 2 * HOP * frames_per_token(token_rate)
+        whole_token = encoder_samples(frames_per_token(token_rate))
         edges = {-(-round(edge * SAMPLE_RATE) // whole_token) * whole_token for edge in bucket_seconds}
         self._sample_edges = sorted(edges) or [0]
         self._check_audio_fits()
@@ -165,9 +165,8 @@ class BatchPlan:
             assert pack_tokens is not None and pack_clips is not None  # _check_arguments saw to it
             n_prefix, self._text_bucket_N = 0, np.zeros(self.n_rows, np.int64)
             tokens_VxN = text_N + n_audio_tokens(self._samples_VxN, token_rate)
-            if pack_targets is None:
-                share = response_N.sum() / max(1, tokens_VxN[0].sum())
-                pack_targets = max(1, int(response_N.max()), int(np.ceil(1.25 * share * pack_tokens)))
+            share = response_N.sum() / max(1, tokens_VxN[0].sum())
+            pack_targets = max(1, int(response_N.max()), int(np.ceil(1.25 * share * pack_tokens)))
             self._pack_limits = (pack_tokens, pack_clips, pack_targets)
             self._pack_sizes_VxNxC = np.stack(np.broadcast_arrays(tokens_VxN, hears_N, response_N), axis=-1)
             self._check_packs_fit()
@@ -183,8 +182,8 @@ class BatchPlan:
         self._epoch_starts = [0]  # the first batch of each epoch, as far as known
         if not self.batches_per_epoch():
             raise UserError(
-                f"an epoch of {self.n_rows} rows fills no batch of batch_size {batch_size}: "
-                "lower batch_size, or give more data"
+                f"an epoch of {self.n_rows} rows fills no batch of data.batch_size {batch_size}: "
+                "lower data.batch_size, or give more data"
             )
 
     # --- what may be asked
@@ -207,7 +206,9 @@ class BatchPlan:
         """
         number, count = host
         if self.batch_size % count:
-            raise UserError(f"batch_size {self.batch_size} is not a multiple of the {count} hosts: use one that is")
+            raise UserError(
+                f"data.batch_size {self.batch_size} is not a multiple of the {count} hosts: use one that is"
+            )
         epoch_number, place = self._locate(index)
         epoch = self._epoch(epoch_number)
         size = self.batch_size // count
@@ -241,7 +242,7 @@ class BatchPlan:
                 raise IndexError(f"batch {index} of a plan with {starts[-1]}")
             starts = [*starts, starts[-1] + self.batches_per_epoch(len(starts) - 1)]
             if starts[-1] == starts[-2]:
-                raise UserError(f"epoch {len(starts) - 2} fills no batch: lower batch_size, or give more data")
+                raise UserError(f"epoch {len(starts) - 2} fills no batch: lower data.batch_size, or give more data")
         self._epoch_starts = starts
         epoch = bisect.bisect_right(starts, index) - 1
         return epoch, index - starts[epoch]
@@ -329,33 +330,30 @@ class BatchPlan:
 
     # --- what is refused
 
-    def _check_arguments(self, layout, text_edges, pack_tokens, pack_clips, pack_targets) -> None:
+    def _check_arguments(self, layout, text_edges, pack_tokens, pack_clips) -> None:
         if layout not in LAYOUTS:
-            raise UserError(f"layout {layout!r} is unknown: {nearest(layout, LAYOUTS)}")
-        packing = {"pack_tokens": pack_tokens, "pack_clips": pack_clips, "pack_targets": pack_targets}
-        if layout == "slot" and any(value is not None for value in packing.values()):
-            raise UserError("pack_tokens, pack_clips and pack_targets are for layout 'packed': leave them None")
+            raise UserError(f"unknown data.layout {layout!r}: {nearest(layout, LAYOUTS)}")
+        packing = (pack_tokens is not None, pack_clips is not None)
+        if packing != (layout == "packed",) * 2:
+            raise ValueError("pack_tokens and pack_clips go with layout 'packed', and only with it")
         if layout == "packed" and text_edges is not None:
-            raise UserError("text_edges are for layout 'slot': leave them None, or use layout 'slot'")
-        for key in ("pack_tokens", "pack_clips"):
-            if layout == "packed" and packing[key] is None:
-                raise UserError(f"layout 'packed' needs {key}")
+            raise ValueError("text_edges are for layout 'slot'")
+        if len(self.weights) != len(self._names):
+            raise ValueError(f"{len(self.weights)} weights for {len(self._names)} sources")
         if not self.n_rows:
             raise UserError("no rows: give at least one source with rows")
         if self._seed < 0:
             raise UserError(f"seed {self._seed} must not be negative")
         if self.batch_size < 1:
-            raise UserError(f"batch_size {self.batch_size} must be at least 1")
-        if len(self.weights) != len(self._names):
-            raise UserError(f"{len(self.weights)} weights for {len(self._names)} sources: give one each")
+            raise UserError(f"data.batch_size {self.batch_size} must be at least 1")
         if not self.speeds or min(self.speeds) <= 0:
-            raise UserError(f"speeds {self.speeds} must be positive factors, such as (0.9, 1.0, 1.1)")
+            raise UserError(f"data.speeds {self.speeds} must be positive factors, such as (0.9, 1.0, 1.1)")
         if min(self.weights) < 0 or not any(
             round(w * n) for w, n in zip(self.weights, self._source_sizes, strict=True)
         ):
-            raise UserError(f"source weights {self.weights} choose no row: give a positive number of passes")
+            raise UserError(f"data.train: the passes {self.weights} choose no row: give a positive number of passes")
         if self.sequential and (len(self.speeds) > 1 or set(self.weights) != {1.0}):
-            raise UserError("a sequential plan reads every row once: give it one speed, and weights of 1")
+            raise ValueError("a sequential plan reads every row once: give it one speed, and weights of 1")
 
     def _check_audio_fits(self) -> None:
         largest = self._sample_edges[-1]
@@ -366,17 +364,17 @@ class BatchPlan:
             raise UserError(
                 f"{self.row_name(int(row))}: {longest / SAMPLE_RATE:.2f} s of audio at speed {self.speeds[speed]:.3g} "
                 f"({n} rows are as bad) do not fit the largest bucket of {largest / SAMPLE_RATE:.2f} s: "
-                f"add {np.ceil(longest / SAMPLE_RATE):.0f} to bucket_seconds, or take the rows out of the manifest"
+                f"add {np.ceil(longest / SAMPLE_RATE):.0f} to data.buckets, or lower data.max_seconds"
             )
 
     def _check_packs_fit(self) -> None:
         assert self._pack_limits is not None
         sizes_NxC = self._pack_sizes_VxNxC.max(axis=0)
-        names = ("tokens", "clips", "targets")
-        for name, size_N, limit in zip(names, sizes_NxC.T, self._pack_limits, strict=True):
+        # Targets always fit: their limit is at least the longest response.
+        for name, size_N, limit in zip(("tokens", "clips"), sizes_NxC.T, self._pack_limits, strict=False):
             row = int(np.argmax(size_N))
             if size_N[row] > limit:
                 raise UserError(
-                    f"{self.row_name(row)} has {size_N[row]} {name}, and pack_{name} is {limit}: "
-                    f"set pack_{name} to {size_N[row]} or more, or take the row out of the manifest"
+                    f"{self.row_name(row)} has {size_N[row]} {name}, and data.row_{name} is {limit}: "
+                    f"set data.row_{name} to {size_N[row]} or more, or take the row out of the manifest"
                 )

@@ -47,7 +47,9 @@ class ChatFormat:
     ):
         if chat_template is None and not getattr(tokenizer, "chat_template", None):
             name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-            raise UserError(f"{name} has no chat template: give `chat_template`, such as aura_jax.data.prompts.CHATML")
+            raise UserError(
+                f"{name} has no chat template: set data.chat_template, such as aura_jax.data.prompts.CHATML"
+            )
         self.tokenizer = tokenizer
         self._template, self._system, self._template_kwargs = chat_template, system, dict(template_kwargs or {})
         # A bounded cache per object: manifests repeat few prompts.
@@ -57,7 +59,7 @@ class ChatFormat:
         eos = tokenizer.eos_token_id
         self.stop_ids = tuple(dict.fromkeys((*stops, *(() if eos is None else (eos,)))))
         if not self.stop_ids:
-            raise UserError("no token ends a response: give a tokenizer with eos_token, or another `chat_template`")
+            raise UserError("no token ends a response: give a tokenizer with eos_token, or another data.chat_template")
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -122,9 +124,7 @@ class ChatFormat:
     def _split(self, rendered: str) -> tuple[str, str]:
         parts = rendered.split(_MARK)
         if len(parts) != 2:
-            raise UserError(
-                f"the chat template shows a turn's content {len(parts) - 1} times: use one that shows it once"
-            )
+            raise UserError(f"the chat template shows a turn's content {len(parts) - 1} times: set one that does once")
         return parts[0], parts[1]
 
     def _render(self, turns: _Turns, *, add_generation_prompt: bool) -> str:
@@ -139,5 +139,5 @@ class ChatFormat:
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises
             raise UserError(
-                f"the chat template fails ({error}): use another `chat_template`, or system=None"
+                f"the chat template fails ({error}): set another data.chat_template, or an empty data.system"
             ) from error

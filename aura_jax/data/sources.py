@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -29,7 +28,7 @@ def make_source(
     *,
     prompt: str = "",
     responses: bool = True,
-    seconds_cache: Path | None = None,
+    n_samples: Sequence[int] | None = None,
 ) -> Source:
     """Tokenises rows and measures their clips.
 
@@ -38,7 +37,7 @@ def make_source(
         chat: the chat format.
         prompt: for speech rows without a prompt of their own.
         responses: False: no response and no target, for generating one.
-        seconds_cache: see `manifest.clip_samples`.
+        n_samples: of each clip. None: by `manifest.clip_samples`.
 
     Raises:
         UserError: there are no rows; a plain text has fewer than two tokens, or `responses` is False and it has nothing
@@ -61,9 +60,9 @@ def make_source(
         suffixes.append(suffix)
         targets.append(target)
     n_prefix, n_suffix, n_response = (np.array([len(ids) for ids in part]) for part in (prefixes, suffixes, targets))
-    n_samples = np.array(clip_samples(rows, cache=seconds_cache))
+    samples = np.array(clip_samples(rows) if n_samples is None else n_samples)
     names = [row.where for row in rows]
-    return Source(rows, prefixes, suffixes, targets, Lengths(names, n_samples, n_prefix, n_suffix, n_response))
+    return Source(rows, prefixes, suffixes, targets, Lengths(names, samples, n_prefix, n_suffix, n_response))
 
 
 def _plain_text(row: Row, chat: ChatFormat) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,12 +1,12 @@
 """Plain text for the objectives that keep the LLM an LLM: rows of equal length, cut from streams of documents."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from aura_jax.data.manifest import json_lines
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
 
@@ -22,26 +22,16 @@ def load_documents(path: str | Path, chat: ChatFormat) -> Documents:
     """Reads JSON lines {"text": ...} (prose) or {"messages": [{"role", "content"}, ...]} (chat), and tokenises them.
 
     Raises:
-        UserError: the file is missing or empty, or a line is neither: names file and line.
+        UserError: as `json_lines`; the file is empty, or a line is neither: names file and line.
     """
-    path, documents = Path(path), Documents([], [])
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give JSON lines in UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg}): give one JSON object a line") from None
-        if isinstance(values, dict) and isinstance(values.get("text"), str):
+    documents = Documents([], [])
+    for where, values in json_lines(path):
+        if isinstance(values.get("text"), str):
             documents.prose.append(chat.text(values["text"]))
-        elif isinstance(values, dict) and isinstance(values.get("messages"), list):
+        elif isinstance(values.get("messages"), list):
             documents.chat.append(chat.conversation(values["messages"]))
         else:
-            raise UserError(f"{path}:{number}: neither 'text' (a string) nor 'messages' (a list): give one of them")
+            raise UserError(f"{where}: neither 'text' (a string) nor 'messages' (a list): give one of them")
     if not documents.prose and not documents.chat:
         raise UserError(f"{path}: no documents: give one JSON object a line")
     return documents
@@ -75,12 +65,15 @@ class TextPool:
         elif 0 <= chat_share <= 1:
             chat_rows = round(n_rows * chat_share)
         else:
-            raise UserError(f"chat_share {chat_share} is not a share: give a number from 0 to 1")
+            raise UserError(f"data.text_chat {chat_share} is not a share: give a number from 0 to 1")
         self.n_rows, self.n_tokens, self._seed = n_rows, n_tokens, seed
         self._kind_rows = (n_rows - chat_rows, chat_rows)
         for name, size, rows in zip(Documents._fields, sizes, self._kind_rows, strict=True):
             if rows and size < n_tokens:
-                raise UserError(f"the text pool has {size} tokens of {name}, less than a row of {n_tokens}: give more")
+                raise UserError(
+                    f"data.text_pool has {size} tokens of {name}, less than a row of {n_tokens}: "
+                    "give more, or lower data.text_length"
+                )
         self._streams = [_joined(kind) for kind in documents]
 
     def batch(self, index: int, host: tuple[int, int] = (0, 1)) -> tuple[np.ndarray, np.ndarray]:
@@ -91,18 +84,24 @@ class TextPool:
         """
         number, count = host
         if self.n_rows % count:
-            raise UserError(
-                f"the text pool's {self.n_rows} rows are not a multiple of the {count} hosts: use one that is"
-            )
+            raise UserError(f"data.text_rows {self.n_rows} is not a multiple of the {count} hosts: use one that is")
         rows = [self._row(kind, index * n + place) for kind, n in enumerate(self._kind_rows) for place in range(n)]
         size = self.n_rows // count
         mine = rows[number * size : (number + 1) * size]
         return np.stack([tokens for tokens, _ in mine]), np.stack([segment for _, segment in mine])
 
+    @property
+    def batches_per_pass(self) -> int:
+        """Batches until every row has been taken once; those of the shorter stream come more often."""
+        return max(-(-self._cuts(kind) // rows) for kind, rows in enumerate(self._kind_rows) if rows)
+
+    def _cuts(self, kind: int) -> int:
+        """The rows of a pass: as many at every offset, so that a place belongs to one pass only."""
+        return max(1, (len(self._streams[kind][0]) - self.n_tokens + 1) // self.n_tokens)
+
     def _row(self, kind: int, place: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, document = self._streams[kind]
-        # The same count at every offset, so that a place belongs to one pass only.
-        cuts = max(1, (len(tokens) - self.n_tokens + 1) // self.n_tokens)
+        cuts = self._cuts(kind)
         generator = np.random.default_rng(np.random.SeedSequence([self._seed, kind, place // cuts]))
         offset = int(generator.integers(0, min(self.n_tokens, len(tokens) - cuts * self.n_tokens + 1)))
         start = offset + int(generator.permutation(cuts)[place % cuts]) * self.n_tokens

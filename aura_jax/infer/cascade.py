@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 from flax import struct
 
 from aura_jax.audio import features
@@ -24,6 +23,7 @@ from aura_jax.convert import hf
 from aura_jax.errors import UserError, nearest
 from aura_jax.infer.generate import Reply, Request
 from aura_jax.models.whisper import DecoderCache, WhisperDecoder, WhisperEncoder
+from aura_jax.system import load_tokenizer
 
 
 @struct.dataclass
@@ -80,7 +80,7 @@ class Cascade:
             "decoder": hf.load_whisper_decoder(directory, config, dtype=dtype),
         }
         self._tokens = _read_tokens(directory, config.vocab, language)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        self._tokenizer = load_tokenizer(directory)
         n_prompt = len(self._tokens.prompt_P)
         most = config.n_target_positions - n_prompt
         if batch_size < 1 or not 1 <= (max_new_tokens or most) <= most:
@@ -89,7 +89,7 @@ class Cascade:
             )
         self._n_new = max_new_tokens or most
         self.batch_size = batch_size
-        self._n_samples = 2 * config.n_positions * features.HOP
+        self._n_samples = features.encoder_samples(config.n_positions)
         self.window_seconds = self._n_samples / features.SAMPLE_RATE
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> list[Reply]:

@@ -22,7 +22,7 @@ from flax import struct
 from aura_jax import sharding
 from aura_jax.audio import features
 from aura_jax.data.assemble import Example, assemble
-from aura_jax.data.plan import Shape
+from aura_jax.data.plan import BUCKETS, Shape
 from aura_jax.errors import UserError
 from aura_jax.models.llm import Cache, Context
 from aura_jax.models.speech_llm import Columns, text_context
@@ -31,7 +31,6 @@ from aura_jax.system import System
 # Where LoRA acts on the tokens of a request. "off": the model is the base LLM, bit by bit.
 _OFF, _EVERYWHERE, _AT_AUDIO = "off", "everywhere", "at_audio"
 
-_AUDIO_SECONDS = (2.0, 4.0, 8.0, 16.0, 30.0)  # buckets of clips, if the config names none
 _BEYOND_SECONDS = 10.0  # longer clips: multiples of this
 
 
@@ -183,7 +182,7 @@ class Generator:
         waveform = np.asarray(waveform, np.float32)
         if waveform.ndim != 1 or not len(waveform):
             raise UserError(f"audio of shape {waveform.shape}: one mono waveform with at least one sample is needed")
-        n_bucket = _sample_bucket(len(waveform), system.config.data.buckets or _AUDIO_SECONDS)
+        n_bucket = _sample_bucket(len(waveform), system.config.data.buckets or BUCKETS)
         return _Prompt(index, waveform, before, after, n_bucket, self._speech_lora)
 
     def _run(self, batch: Sequence[_Prompt]) -> list[Reply]:
@@ -225,10 +224,9 @@ class Generator:
         )
         rows = [[Example(p.prefix, p.suffix, waveform_S=p.waveform)] for p in batch]
         laid_out = assemble([*rows, *[[]] * (n_rows - len(batch))], shape, layout="slot", token_rate=rate)
-        columns = Columns(**{field.name: getattr(laid_out, field.name) for field in dataclasses.fields(Columns)})
         last_B = shape.n_tokens - 1 - np.argmax(laid_out.segment_BxT[:, ::-1] != 0, axis=1)
         return _Inputs(
-            columns=columns,
+            columns=Columns.of(laid_out),
             last_B=last_B.astype(np.int32),
             waveform_BxN=laid_out.waveform_BxKxS[:, 0] if n_samples else None,
             n_samples_B=laid_out.n_samples_BxK[:, 0] if n_samples else None,

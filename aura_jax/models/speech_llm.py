@@ -54,6 +54,11 @@ class Columns:
     audio_position_BxKxA: jax.Array
     request_audio_BxT: jax.Array
 
+    @classmethod
+    def of(cls, batch: Any) -> "Columns":
+        """Returns the part of a batch that a model reads."""
+        return cls(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(cls)})
+
 
 class SpeechLLM(nn.Module):
     """The audio embedder and the LLM. `tap`, `remat` and `matmul_dtype` as `LLM`."""

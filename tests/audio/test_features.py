@@ -153,6 +153,12 @@ def test_counts(n_samples: int, frames: int, encoder_frames: int, tokens: int):
         assert tuple(int(result[0]) for result in results) == expected
 
 
+@pytest.mark.parametrize("n", [0, 1, 4, 1500])
+def test_encoder_samples_are_the_most_that_so_many_frames_cover(n: int):
+    assert features.n_encoder_frames(features.encoder_samples(n)) == n
+    assert features.n_encoder_frames(features.encoder_samples(n) + 1) == n + 1
+
+
 @pytest.mark.parametrize(("rate", "frames"), [(50, 1), (25, 2), (12.5, 4), (8.33, 6), (50 / 6, 6), (6.25, 8)])
 def test_frames_per_token(rate: float, frames: int):
     assert features.frames_per_token(rate) == frames

@@ -93,11 +93,10 @@ def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.undo()
 
 
-def test_silence_is_valid_and_other_rates_can_be_asked_for(tmp_path: Path):
+def test_silence_is_valid(tmp_path: Path):
     path = tmp_path / "silence.wav"
     soundfile.write(path, np.zeros(8000, np.float32), 16000)
     np.testing.assert_array_equal(load_audio(path), np.zeros(8000))
-    assert load_audio(path, sample_rate=24000).shape == (12000,)
 
 
 def test_resampling_removes_what_the_rate_cannot_hold(tmp_path: Path):

@@ -19,7 +19,7 @@ def clip(n_samples: int, value: float = 0.5) -> np.ndarray:
 
 
 def test_a_row_of_the_slot_layout():
-    example = Example((11,), (12, 13), (14, 15, 16), clip(2 * 1280 + 1), key=7, teacher_PxAxE=np.ones((2, 3, 5)))
+    example = Example((11,), (12, 13), (14, 15, 16), clip(2 * 1280 + 1), teacher_PxAxE=np.ones((2, 3, 5)))
     b = assemble([[example], []], shape(12), layout="slot", token_rate=12.5, teacher_shape=(2, 5))
     assert b.tokens_BxT[0].tolist() == [11, 0, 0, 0, 0, 0, 12, 13, 14, 15, 0, 0]
     assert b.segment_BxT[0].tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]
@@ -32,7 +32,7 @@ def test_a_row_of_the_slot_layout():
     assert b.target_position_BxR[0].tolist() == [7, 8, 9, 0, 0, 0]
     assert b.target_id_BxR[0].tolist() == [14, 15, 16, 0, 0, 0]
     assert b.target_weight_BxR.tolist() == [[1, 1, 1, 0, 0, 0], [0] * 6]
-    assert b.n_samples_BxK.tolist() == [[2561], [0]] and b.clip_key_BxK.tolist() == [[7], [0]]
+    assert b.n_samples_BxK.tolist() == [[2561], [0]]
     assert b.teacher_BxKxPxAxE is not None
     assert b.teacher_BxKxPxAxE.dtype == np.float16 and b.teacher_BxKxPxAxE[0, 0].sum(axis=(0, 2)).tolist() == [
         10
@@ -48,7 +48,7 @@ def test_text_runs_around_the_slot():
 
 
 def test_a_row_of_the_packed_layout():
-    rows = [[Example((1,), (2,), (3,), clip(1280), 5), Example((4,), (), (5, 6)), Example((), (), (7,), clip(1281), 9)]]
+    rows = [[Example((1,), (2,), (3,), clip(1280)), Example((4,), (), (5, 6)), Example((), (), (7,), clip(1281))]]
     b = assemble(rows, shape(9, n_clips=2, n_audio=2), layout="packed", token_rate=12.5)
     assert b.segment_BxT[0].tolist() == [1, 1, 1, 2, 2, 3, 3, 0, 0]
     assert b.position_BxT[0].tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 0]
@@ -57,7 +57,7 @@ def test_a_row_of_the_packed_layout():
     assert b.target_position_BxR[0].tolist() == [2, 3, 4, 6, 0, 0]
     assert b.target_id_BxR[0].tolist() == [3, 5, 6, 7, 0, 0]
     assert b.request_audio_BxT[0].tolist() == [True] * 3 + [False] * 2 + [True] * 2 + [False] * 2
-    assert b.clip_key_BxK.tolist() == [[5, 9]]
+    assert b.n_samples_BxK.tolist() == [[1280, 1281]]
 
 
 def read_back(batch) -> list:
@@ -70,7 +70,7 @@ def read_back(batch) -> list:
             assert batch.position_BxT[row, columns].tolist() == list(range(len(columns)))
             sources = batch.audio_source_BxT[row, columns]
             audio = columns[sources >= 0]
-            key = waveform = None
+            waveform = None
             if len(audio):
                 k, a = np.divmod(sources[sources >= 0], batch.audio_position_BxKxA.shape[2])
                 assert len(set(k)) == 1 and a.tolist() == list(range(len(audio)))
@@ -81,7 +81,6 @@ def read_back(batch) -> list:
                 assert len(a) == n_audio_tokens(n_samples, 12.5)
                 waveform = batch.waveform_BxKxS[row, k[0], :n_samples].tobytes()
                 assert not batch.waveform_BxKxS[row, k[0], n_samples:].any()
-                key = int(batch.clip_key_BxK[row, k[0]])
             targets = [
                 (place[position], int(token))
                 for position, token, weight in zip(
@@ -92,8 +91,8 @@ def read_back(batch) -> list:
                 )
                 if weight and position in place
             ]
-            assert (batch.request_audio_BxT[row, columns] == (key is not None)).all()
-            seen.append((batch.tokens_BxT[row, columns].tolist(), [sources >= 0], targets, key, waveform))
+            assert (batch.request_audio_BxT[row, columns] == (waveform is not None)).all()
+            seen.append((batch.tokens_BxT[row, columns].tolist(), [sources >= 0], targets, waveform))
     return [repr(example) for example in seen]
 
 
@@ -103,10 +102,10 @@ ids = lambda low, high: st.lists(st.integers(1, 99), min_size=low, max_size=high
 @st.composite
 def examples(draw):
     made = []
-    for key in range(draw(st.integers(1, 8))):
+    for number in range(draw(st.integers(1, 8))):
         n_samples = draw(st.integers(0, 3 * 1280))
-        waveform = clip(n_samples, key + 1) if n_samples else None
-        made.append(Example(draw(ids(1, 4)), draw(ids(0, 3)) if n_samples else (), draw(ids(0, 5)), waveform, key))
+        waveform = clip(n_samples, number + 1) if n_samples else None
+        made.append(Example(draw(ids(1, 4)), draw(ids(0, 3)) if n_samples else (), draw(ids(0, 5)), waveform))
     return made
 
 
@@ -138,6 +137,6 @@ def test_what_does_not_fit(layout, row, message):
 
 
 def test_teacher_states_must_cover_the_clip():
-    row = [Example((1,), (), (2,), clip(2560), 3, np.zeros((1, 3, 4)))]
-    with pytest.raises(ValueError, match="2 audio tokens of clip 3"):
+    row = [Example((1,), (), (2,), clip(2560), np.zeros((1, 3, 4)))]
+    with pytest.raises(ValueError, match="the 2 audio tokens"):
         assemble([row], shape(), layout="slot", token_rate=12.5, teacher_shape=(1, 4))

