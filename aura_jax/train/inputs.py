@@ -12,9 +12,9 @@ from tqdm import tqdm
 from aura_jax import sharding
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.data.batch import Batch
-from aura_jax.data.manifest import Row, clip_samples, load_manifest
+from aura_jax.data.manifest import ROUNDING, Row, clip_samples, load_manifest
 from aura_jax.data.pipeline import make_dataset
-from aura_jax.data.plan import BatchPlan
+from aura_jax.data.plan import BUCKETS, BatchPlan
 from aura_jax.data.sources import Source, make_source
 from aura_jax.data.text_pool import TextPool, load_documents
 from aura_jax.errors import UserError
@@ -22,8 +22,8 @@ from aura_jax.system import System
 from aura_jax.train import objectives
 from aura_jax.train.teacher import Clip, TeacherStore, precompute, teacher_states
 
-_DEFAULT_BUCKETS = (2.0, 4.0, 8.0, 16.0, 30.0)  # seconds
 _TEXT_EDGES = (16, 32, 64, 128, 256)  # tokens of suffix and response
+_CUDNN_TOKENS = 8  # its backward pass takes no odd lengths
 _TEXT_BATCHES = 16  # of the text pool, read at once
 
 
@@ -48,7 +48,10 @@ class Inputs:
             self._sources.append(self._source(manifest))
             self._weights.append(weight)
         if c.validation_values and not self.validation_rows:
-            raise UserError(f"data.validation_values: no training row has {c.validation_key} {c.validation_values}")
+            raise UserError(
+                f"data.validation_values: no training row has {c.validation_key} {c.validation_values}: "
+                "name values that there are, or hold nothing out with --config.data.validation_values='()'"
+            )
         self._text_pool: TextPool | None = None
         if c.text_pool:
             documents = load_documents(c.text_pool, built.chat)
@@ -70,39 +73,49 @@ class Inputs:
             out = c.validation_values and row.extra.get(c.validation_key) in c.validation_values
             (held_out if out else rows).append(row)
         self.validation_rows += held_out
-        seconds = [n / SAMPLE_RATE for n in clip_samples(rows, cache=self._workdir / "seconds.jsonl")]
-        kept = [
-            row
-            for row, s in zip(rows, seconds, strict=True)
-            if row.audio is None or c.min_seconds <= s <= c.max_seconds
-        ]
+        shortest, longest = (round(seconds * SAMPLE_RATE) for seconds in (c.min_seconds, c.max_seconds))
+        kept, samples = [], []
+        for row, n in zip(rows, clip_samples(rows, cache=self._workdir / "seconds.jsonl"), strict=True):
+            if row.audio is None or shortest <= n <= longest + ROUNDING:
+                kept.append(row)
+                samples.append(min(n, longest))  # reading cuts the clip to what is planned
         if len(kept) < len(rows):
             self.remarks.append(
                 f"{manifest}: {len(rows) - len(kept)} of {len(rows)} clips are outside "
                 f"data.min_seconds {c.min_seconds:g} to data.max_seconds {c.max_seconds:g}, and left out"
             )
         if not kept:
-            raise UserError(f"{manifest}: no row is left after data.validation_values and data.max_seconds")
-        return make_source(kept, self._built.chat, prompt=c.prompt, seconds_cache=self._workdir / "seconds.jsonl")
+            raise UserError(
+                f"{manifest}: no row is left after data.validation_values, data.min_seconds and data.max_seconds: "
+                "hold out fewer, or allow other lengths"
+            )
+        return make_source(kept, self._built.chat, prompt=c.prompt, n_samples=samples)
 
     def _planned(self, audio_only: bool) -> tuple[list[Source], BatchPlan]:
         """The sources and the plan; `audio_only`: rows end with the audio span, for objectives that read no further."""
         if audio_only not in self._plans:
             c = self._built.config.data
-            sources = [_audio_only(s) if audio_only else s for s in self._sources]
+            sources, passes = self._sources, self._weights
+            if audio_only:
+                heard = [i for i, s in enumerate(sources) if any(row.audio is not None for row in s.rows)]
+                if not heard:
+                    raise UserError("distilling needs speech, and data.train is text only")
+                sources, passes = [_audio_only(sources[i]) for i in heard], [passes[i] for i in heard]
             packed = c.layout == "packed"
+            longest = c.max_seconds / min(c.speeds)
             plan = BatchPlan(
                 [s.lengths for s in sources],
                 batch_size=c.batch_size,
-                bucket_seconds=c.buckets or (*(b for b in _DEFAULT_BUCKETS if b < c.max_seconds), c.max_seconds),
+                bucket_seconds=c.buckets or (*(b for b in BUCKETS if b < longest), longest),
                 token_rate=self._built.config.embedder.token_rate,
                 seed=self._built.config.seed,
-                weights=self._weights,
+                weights=passes,
                 speeds=tuple(c.speeds),
                 layout=c.layout,
                 text_edges=_TEXT_EDGES if not packed and not audio_only else None,
                 pack_tokens=c.row_tokens if packed else None,
                 pack_clips=c.row_clips if packed else None,
+                token_multiple=_CUDNN_TOKENS if self._built.config.model.attention == "cudnn" else 1,
             )
             self._plans[audio_only] = (sources, plan)
         return self._plans[audio_only]
@@ -129,11 +142,11 @@ class Inputs:
                     return
                 yield batch
 
-    def plain_text(self, n_tokens: int = 16384) -> Generator[np.ndarray, None, None]:
-        """Yields rows of the text pool, int32 [M, L], until they hold `n_tokens`."""
+    def plain_text(self, n_tokens: int) -> Generator[np.ndarray, None, None]:
+        """Yields rows of the text pool, int32 [M, L], until they hold `n_tokens`, or a smaller pool was read once."""
         assert self._text_pool is not None
         seen, index = 0, 0
-        while seen < n_tokens:
+        while seen < n_tokens and index < self._text_pool.batches_per_pass:
             rows = np.concatenate([self._text_pool.batch(index + i)[0] for i in range(_TEXT_BATCHES)])
             index, seen = index + _TEXT_BATCHES, seen + rows.size
             yield rows
@@ -163,7 +176,11 @@ class Inputs:
         self._store = precompute(self._built, weights, clips, tuple(self._built.config.data.speeds), edges, fingerprint)
 
     def teacher_samples(self, weights: dict, mesh: Mesh, n_batches: int = 16) -> np.ndarray:
-        """Returns teacher states [n, P, E] of many tokens: of the store, or else of the first batches of the plan."""
+        """Returns teacher states [n, P, E] of many tokens: of the store, or else of the first batches of the plan.
+
+        Raises:
+            UserError: no clip of these batches can be read.
+        """
         if self._store is not None:
             return self._store.sample()
         states = jax.jit(lambda w, x, n: teacher_states(self._built, w, x, n))
@@ -176,14 +193,18 @@ class Inputs:
             mask = objectives.audio_mask(self._built, whole).reshape(B * K, -1)
             h, mask = (np.asarray(jax.device_get(x)) for x in (h, mask))
             out.append(np.moveaxis(h, 1, 2)[mask > 0])
-        return np.concatenate(out)
+        states_nxPxE = np.concatenate(out)
+        if not len(states_nxPxE):
+            raise UserError(
+                f"distill.target_norm: no clip of the first {n_batches} batches can be read: "
+                f"{self._workdir / 'quarantine.jsonl'} says why"
+            )
+        return states_nxPxE
 
 
 def _audio_only(source: Source) -> Source:
     """The speech rows of a source, without what follows the audio."""
     speech = [i for i, row in enumerate(source.rows) if row.audio is not None]
-    if not speech:
-        raise UserError(f"{source.rows[0].where}: distilling needs speech, and this source is text only")
     take = lambda items: [items[i] for i in speech]
     lengths = source.lengths._replace(
         names_N=take(source.lengths.names_N),

@@ -20,26 +20,11 @@ from aura_jax.train.teacher import teacher_states
 
 SPEECH = frozenset({"lm", "distill"})
 TEXT = frozenset({"text_anchor", "text_kd"})
-_UPPER_BLOCKS = frozenset({"lm", "text_kd"})  # the others need only the adapted blocks
-
-
-def columns(batch: Batch) -> Columns:
-    """Returns the part of a batch that the model room knows."""
-    return Columns(
-        batch.tokens_BxT,
-        batch.position_BxT,
-        batch.segment_BxT,
-        batch.span_start_BxT,
-        batch.span_end_BxT,
-        batch.audio_source_BxT,
-        batch.audio_position_BxKxA,
-        batch.request_audio_BxT,
-    )
 
 
 def audio_mask(system: System, batch: Batch) -> jax.Array:
     """Returns float32 [B, K, A]: 1 where a clip has an audio token."""
-    n_tokens_BxK = features.n_audio_tokens(batch.n_samples_BxK, 50 / system.frames_per_token)
+    n_tokens_BxK = features.n_audio_tokens(batch.n_samples_BxK, system.config.embedder.token_rate)
     return (jnp.arange(batch.audio_position_BxKxA.shape[2]) < n_tokens_BxK[..., None]).astype(jnp.float32)
 
 
@@ -175,7 +160,7 @@ def _speech_sums(system, variables, student, batch, active, keys_BxK, statistics
         target_PxBxQxE = _targets(system, variables, batch, statistics)
         tap_args = (variables["heads"], target_PxBxQxE, audio_mask(system, batch).reshape(len(batch.tokens_BxT), -1))
     mel_BxKxFxM, n_frames_BxK = student_mel(system, batch, keys_BxK)
-    cols = columns(batch)
+    cols = Columns.of(batch)
     x_BxTxD = model.apply(student, cols, mel_BxKxFxM, n_frames_BxK, method="embed")
     ctx = model.context(cols)
     h_BxTxD, _, taps = model.apply(student, x_BxTxD, ctx, None, tap_args, method="adapted_blocks")

@@ -3,12 +3,14 @@
 Dimensions: N clips, S samples, F frames (50 Hz), A audio tokens, P pairs of blocks, E width of the teacher.
 """
 
+import collections
+import dataclasses
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,12 @@ from aura_jax import cache
 from aura_jax.audio import augment, features
 from aura_jax.audio.io import AudioError, load_audio
 from aura_jax.data.manifest import Row
+from aura_jax.errors import UserError
 from aura_jax.models.align import pool_frames
 from aura_jax.system import System
 
-WINDOW_SAMPLES = 30 * features.SAMPLE_RATE
+_FORMAT = 1  # of what the cache holds: another number has every cache made again
+_READ_AHEAD = 4  # groups of decoded clips that wait for the teacher
 
 
 def teacher_states(system: System, teacher: dict, waveform_NxS: jax.Array, n_samples_N: jax.Array) -> jax.Array:
@@ -32,24 +36,36 @@ def teacher_states(system: System, teacher: dict, waveform_NxS: jax.Array, n_sam
 
     With `teacher.window` "30s" the teacher hears each clip padded to 30 s with silence, as Whisper was trained;
     "unpadded", it hears the clip alone, whatever the batch is padded to. Tokens after a clip's end are 0.
+
+    Raises:
+      UserError: the batch is a token or more longer than the teacher's window.
     """
     assert system.teacher is not None and system.teacher_config is not None
+    window = features.encoder_samples(system.teacher_config.n_positions)
+    if waveform_NxS.shape[1] >= window + features.encoder_samples(system.frames_per_token):
+        raise UserError(
+            f"clips of {waveform_NxS.shape[1] / features.SAMPLE_RATE:g} s are longer than the teacher's window of "
+            f"{window / features.SAMPLE_RATE:g} s: lower data.max_seconds, and data.buckets if it names any"
+        )
+    # The window may end within the last token of a batch, which is padded to whole tokens.
+    waveform_NxS, n_samples_N = waveform_NxS[:, :window], jnp.minimum(n_samples_N, window)
     n_samples = waveform_NxS.shape[1]
-    n_tokens = features.n_audio_tokens(n_samples, 50 / system.frames_per_token)
-    n_frames_N = features.n_encoder_frames(n_samples_N)
-    pool = lambda h_NxFxE: pool_frames(
-        h_NxFxE[:, : -(-n_samples // (2 * features.HOP))], n_frames_N, system.frames_per_token
+    n_frames, n_frames_N = features.n_encoder_frames(n_samples), features.n_encoder_frames(n_samples_N)
+    n_blocks = 1 + max(block for _, block in system.pairs)
+    encoder: Any = system.teacher.clone(
+        config=dataclasses.replace(system.teacher_config, encoder_blocks=n_blocks),
+        tap=lambda h_NxFxE: pool_frames(h_NxFxE[:, :n_frames], n_frames_N, system.frames_per_token),
     )
-    encoder: Any = system.teacher.clone(tap=pool)
+    teacher = {**teacher, "blocks": jax.tree.map(lambda leaf: leaf[:n_blocks], teacher["blocks"])}
     if system.config.teacher.window == "30s":
-        waveform_NxS = jnp.pad(waveform_NxS, ((0, 0), (0, WINDOW_SAMPLES - n_samples)))
+        waveform_NxS = jnp.pad(waveform_NxS, ((0, 0), (0, window - n_samples)))
         mel_NxFxM = features.log_mel(waveform_NxS, system.n_mels, reflect_end=True)
         _, taps_LxNxAxE = encoder.apply({"params": teacher}, mel_NxFxM)
     else:
         mel_NxFxM = features.log_mel(waveform_NxS, system.n_mels, n_samples_B=n_samples_N)
         _, taps_LxNxAxE = encoder.apply({"params": teacher}, mel_NxFxM, features.n_frames(n_samples_N))
     blocks = [block for _, block in system.pairs]
-    return jnp.moveaxis(taps_LxNxAxE[jnp.asarray(blocks)], 0, 1)[:, :, :n_tokens]
+    return jnp.moveaxis(taps_LxNxAxE[jnp.asarray(blocks)], 0, 1)
 
 
 class Clip(NamedTuple):
@@ -89,8 +105,8 @@ class _View:
     def __init__(self, store: TeacherStore, paths: Sequence[str | None]):
         self._store, self._paths = store, paths
 
-    def read(self, clip_key: int, speed: float) -> np.ndarray:
-        path = self._paths[clip_key]
+    def read(self, row: int, speed: float) -> np.ndarray:
+        path = self._paths[row]
         assert path is not None
         return self._store.states(str(path), speed)
 
@@ -108,8 +124,12 @@ def precompute(
     Args:
       sample_edges: bucket sizes in samples: one compilation each.
       fingerprint: of the teacher's weights.
+
+    Raises:
+      UserError: none of the clips can be read, or the buckets are longer than the teacher's window.
     """
-    what = [fingerprint, system.config.teacher.window, system.pairs, system.frames_per_token, list(speeds)]
+    c = system.config
+    what = [_FORMAT, fingerprint, c.model.dtype, c.teacher.window, system.pairs, system.frames_per_token, list(speeds)]
     what += [[clip.path, clip.n_samples, _stamp(clip.path)] for clip in clips]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     directory = cache.directory() / "teacher-states" / digest
@@ -139,6 +159,7 @@ def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) 
         for i in range(0, len(part), n_rows)
     ]
     states = jax.jit(lambda w, x, n: jnp.moveaxis(teacher_states(system, w, x, n), 1, 2).astype(jnp.float16))
+    unreadable: list[AudioError] = []
 
     def read(group: tuple[int, list]) -> tuple[np.ndarray, list[int]]:
         edge, part = group
@@ -146,7 +167,8 @@ def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) 
         for i, (_, clip, speed) in enumerate(part):
             try:
                 waveform_S = load_audio(clip.path)[: clip.n_samples]
-            except AudioError:
+            except AudioError as error:
+                unreadable.append(error)
                 continue  # the pipeline will quarantine it
             waveform_S = waveform_S if speed == 1.0 else augment.change_speed(waveform_S, speed)
             waveform_NxS[i, : len(waveform_S)], counts[i] = waveform_S, len(waveform_S)
@@ -154,15 +176,17 @@ def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) 
 
     pieces, places, start = [], [], 0
     with ThreadPoolExecutor(2) as pool, tqdm(total=len(jobs), desc="teacher", unit="clip") as bar:
-        for group, (waveform_NxS, counts) in zip(groups, pool.map(read, groups), strict=True):
+        for (_, part), (waveform_NxS, counts) in zip(groups, _read_ahead(pool, read, groups), strict=True):
             out_NxAxPxE = np.asarray(states(weights, waveform_NxS, np.array(counts, np.int32)))
-            for (_, clip, speed), count, clip_AxPxE in zip(group[1], counts, out_NxAxPxE, strict=False):
+            for (_, clip, speed), count, clip_AxPxE in zip(part, counts, out_NxAxPxE, strict=False):
                 if count:
-                    n = int(features.n_audio_tokens(count, 50 / system.frames_per_token))
+                    n = int(features.n_audio_tokens(count, system.config.embedder.token_rate))
                     pieces.append(clip_AxPxE[:n])
                     places.append((clip.path, speed, start, n))
                     start += n
-            bar.update(len(group[1]))
+            bar.update(len(part))
+    if not pieces:
+        raise UserError(f"teacher.precompute: none of {len(clips)} clips can be read; the first: {unreadable[0]}")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as partial:
         np.save(Path(partial) / "states.npy", np.concatenate(pieces))
@@ -175,6 +199,17 @@ def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) 
             os.replace(finished, directory)
 
 
+def _read_ahead(pool: ThreadPoolExecutor, read: Callable[[Any], Any], groups: Sequence) -> Iterator[Any]:
+    """Yields `read` of every group in order, few ahead of their use: `pool.map` would hold all that is decoded."""
+    reading: collections.deque[Future] = collections.deque()
+    for group in groups:
+        reading.append(pool.submit(read, group))
+        if len(reading) == _READ_AHEAD:
+            yield reading.popleft().result()
+    while reading:
+        yield reading.popleft().result()
+
+
 def statistics(states_nxPxE: np.ndarray | None, path: Path) -> tuple[dict[str, np.ndarray], list[float]]:
     """Returns mean and std [P, E] per channel, and the cosine that predicting the mean scores for each pair.
 
@@ -184,6 +219,9 @@ def statistics(states_nxPxE: np.ndarray | None, path: Path) -> tuple[dict[str, n
         mean_PxE, std_PxE = states_nxPxE.mean(0), states_nxPxE.std(0) + 1e-3
         norms = np.linalg.norm(states_nxPxE, axis=-1) * np.linalg.norm(mean_PxE, axis=-1)
         baseline_P = (np.einsum("npe,pe->np", states_nxPxE, mean_PxE) / norms).mean(0)
-        np.savez(path, mean=mean_PxE, std=std_PxE, baseline=baseline_P)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        with partial.open("wb") as file:
+            np.savez(file, mean=mean_PxE, std=std_PxE, baseline=baseline_P)
+        partial.replace(path)
     with np.load(path) as values:
         return {"mean": values["mean"], "std": values["std"]}, values["baseline"].tolist()
