@@ -5,7 +5,7 @@ trained variables), and what else a run writes. Frozen weights are in no checkpo
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from aura_jax import config as config_lib
 from aura_jax import sharding, system
 from aura_jax.config import Config
 from aura_jax.errors import UserError
+
+# What may differ between the machine that trained and the one that answers.
+INFERENCE_KEYS = ("mesh.", "model.attention", "eval.")
 
 
 @jax.jit
@@ -61,7 +64,7 @@ class Checkpoints:
         """Starts writing a checkpoint; `meta` is JSON. A step that is there already is left as it is."""
         if step in self._latest.all_steps():
             return
-        meta = {**meta, "fingerprints": {"own": fingerprint(own), "rest": fingerprint(rest)}}
+        meta = {**meta, "own": _dtypes(own), "fingerprints": {"own": fingerprint(own), "rest": fingerprint(rest)}}
         self._latest.save(
             step,
             args=ocp.args.Composite(
@@ -72,8 +75,10 @@ class Checkpoints:
         )
 
     def save_best(self, step: int, own: Any, meta: Mapping[str, Any]) -> None:
-        """Replaces the best checkpoint by this one."""
-        meta = {**meta, "fingerprints": {"own": fingerprint(own)}}
+        """Replaces the best checkpoint by this one; one of the same step, from before a resume, is the same."""
+        if step in self._best.all_steps():
+            return
+        meta = {**meta, "own": _dtypes(own), "fingerprints": {"own": fingerprint(own)}}
         args = ocp.args.Composite(own=ocp.args.StandardSave(own), meta=ocp.args.JsonSave(meta))
         self._best.save(step, args=args, force=True)
 
@@ -98,6 +103,10 @@ class Checkpoints:
     def close(self) -> None:
         self._latest.close()
         self._best.close()
+
+
+def _dtypes(own: Mapping[str, jax.Array]) -> dict[str, str]:
+    return {path: str(leaf.dtype) for path, leaf in sorted(own.items())}
 
 
 def _best_manager(workdir: Path) -> ocp.CheckpointManager:
@@ -127,36 +136,50 @@ def abstract_like(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def load_for_inference(workdir: Path, which: str = "best", mesh: Mesh | None = None) -> tuple[system.System, dict]:
+def load_for_inference(workdir: Path, which: str = "best", overrides: Sequence[str] = ()) -> tuple[system.System, dict]:
     """Returns the system of a workdir and its variables `params` and `lora`, without teacher and heads.
 
     Args:
       which: "best" by periodic evaluation (the latest if there was none), or "latest".
+      overrides: `--config.KEY=VALUE` for what another machine may need: mesh.*, model.attention, eval.*.
 
     Raises:
-      UserError: for a directory without a run in it, or base weights other than those it was trained on.
+      UserError: for a directory without a run in it, base weights other than those it was trained on, or a key that
+        may not change.
     """
-    config = config_lib.from_json(workdir / "config.json")
+    config = config_lib.override(config_lib.from_json(workdir / "config.json"), overrides, INFERENCE_KEYS)
+    manager, step = _for_inference(workdir, which)
+    meta = _meta(manager, step)
+
+    built = system.build(config)
+    mesh = system_mesh(config)
+    llm = system.load_llm(built, mesh)
+    if fingerprint(llm) != meta["llm_fingerprint"]:
+        raise UserError(f"{built.llm_dir} is not the LLM that {workdir} was trained on: its weights differ")
+    shapes = {p: s for p, s in sharding.flatten(system.abstract_variables(built)).items() if p in meta["own"]}
+    wanted = {path: jax.ShapeDtypeStruct(s.shape, meta["own"][path]) for path, s in shapes.items()}
+    own = _restore(manager, step, "own", _placed(wanted, mesh))
+    manager.close()
+    variables = sharding.join(own, {"params": {"llm": llm}})
+    # After a merged stage there are no adapters.
+    return built, {name: variables[name] for name in ("params", "lora") if name in variables}
+
+
+def inference_step(workdir: Path, which: str = "best") -> int:
+    """Returns the step whose weights `load_for_inference` loads."""
+    manager, step = _for_inference(workdir, which)
+    manager.close()
+    return step
+
+
+def _for_inference(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:
     manager = _best_manager(workdir) if which == "best" and (workdir / "best").is_dir() else None
     if manager is None or manager.latest_step() is None:
         manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
     step = manager.latest_step()
     if step is None:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, or wait for the first one")
-    meta = _meta(manager, step)
-
-    built = system.build(config)
-    mesh = system_mesh(config) if mesh is None else mesh
-    llm = system.load_llm(built, mesh)
-    if fingerprint(llm) != meta["llm_fingerprint"]:
-        raise UserError(f"{built.llm_dir} is not the LLM that {workdir} was trained on: its weights differ")
-    shapes = {p: s for p, s in sharding.flatten(system.abstract_variables(built)).items() if p in meta["own"]}
-    wanted = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in shapes.items()}
-    own = _restore(manager, step, "own", _placed(wanted, mesh))
-    manager.close()
-    variables = sharding.join(own, {"params": {"llm": llm}})
-    # After a merged stage there are no adapters.
-    return built, {name: variables[name] for name in ("params", "lora") if name in variables}
+    return manager, step
 
 
 def _placed(abstract: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

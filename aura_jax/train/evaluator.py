@@ -20,6 +20,14 @@ class Evaluator:
         self._path = workdir / "validation.jsonl"
         self._generator: Generator | None = None
 
+    def has(self, step: int) -> bool:
+        """Whether that step was evaluated already, or there is nothing to evaluate it on."""
+        if not self._rows:
+            return True
+        if not self._path.is_file():
+            return False
+        return any(json.loads(line)["step"] == step for line in self._path.read_text().splitlines())
+
     def __call__(self, built: System, variables: dict, step: int) -> dict[str, float] | None:
         """Returns scores of a student; None if nothing is held out. Transcripts go to `validation.jsonl`."""
         n = built.config.train.eval_rows

@@ -21,7 +21,8 @@ class Log:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
-        _drop_after(self._path, first_step)
+        for path in (self._path, workdir / "validation.jsonl"):
+            _drop_after(path, first_step)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
         self._bar = tqdm(
             total=last_step,

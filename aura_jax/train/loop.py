@@ -9,27 +9,31 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from aura_jax import checkpoint, sharding, system
 from aura_jax import config as config_lib
+from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.errors import UserError
 from aura_jax.models.lora import LoRAConfig
-from aura_jax.train import null_space, teacher
+from aura_jax.train import null_space, objectives, teacher
 from aura_jax.train import step as step_lib
 from aura_jax.train.evaluator import Evaluator
 from aura_jax.train.inputs import Inputs
 from aura_jax.train.log import Log
 
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
+
+_TOKENS_PER_DIRECTION = 8  # of text, for a fair estimate of how much it uses each direction of a linear's input
 
 # Keys that may differ between the runs that share a workdir: they change nothing that was computed so far.
 _MAY_CHANGE = (
@@ -48,11 +52,16 @@ _MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: the steps taken in all, whether a signal cut it short, and the last metrics."""
+    """How a run ended: the steps taken in all, whether a signal cut it short, and the last metrics.
+
+    Attributes:
+      seconds: that training took, with those before an interruption.
+    """
 
     step: int
     interrupted: bool
     metrics: dict[str, float]
+    seconds: float
 
 
 def train(config: Config, workdir: Path) -> Result:
@@ -70,16 +79,27 @@ def train(config: Config, workdir: Path) -> Result:
 
 
 class _Run:
-    """One call of `train`: what its stages share."""
+    """One call of `train`: what its stages share.
+
+    Attributes:
+      variables: all of them, but for those that the state of the current stage trains.
+      own: paths of all variables that are not base weights, trained at present or not.
+      meta: what every checkpoint says of the run.
+    """
 
     def __init__(self, config: Config, workdir: Path, mesh: Mesh, signals: "_Signals"):
+        self._started = time.perf_counter()
+        self._seconds_before = 0.0
         self.config, self.workdir, self.mesh, self.signals = config, workdir, mesh, signals
+        _check_rows(config, mesh)
         self.built = system.build(config)
         self.stages = config_lib.stages(config)
         self.last_step = config_lib.total_steps(config)
         self.inputs = Inputs(self.built, workdir)
         self.variables = system.initial_variables(self.built, mesh)
-        self.own = {p for p in sharding.flatten(self.variables) if not p.startswith(("params/llm/", "teacher/"))}
+        paths = set(sharding.flatten(self.variables))
+        self.rates = _rates_of_stages(config, self.stages, {p for p in paths if not p.startswith("teacher/")})
+        self.own = {p for p in paths if not p.startswith(("params/llm/", "teacher/"))}
         lora = self.built.model.config.lora
         assert lora is not None
         self.meta = {
@@ -100,9 +120,10 @@ class _Run:
         try:
             if newest is not None:
                 self._check_frozen(newest[1])
-                if start >= self.last_step:
+                self._seconds_before = newest[1]["seconds"]
+                if start > self.last_step or (start == self.last_step and self.evaluator.has(start)):
                     log.say(f"{self.workdir}: all {start} steps are done")
-                    return Result(start, False, {})
+                    return Result(start, False, {}, self._seconds_before)
                 log.say(f"resuming {self.workdir} at step {start}")
             for line in self.inputs.remarks:
                 log.say(line)
@@ -123,12 +144,14 @@ class _Run:
                 )
 
     def _prepare_teacher(self, log: Log) -> None:
-        """Precomputes the teacher's states if so configured, and takes the statistics that standardise them."""
-        if not any(stage.objectives.distill for _, stage in self.stages):
-            return
-        if self.config.teacher.precompute:
+        """Precomputes the teacher's states if so configured, and takes the statistics that standardise them.
+
+        A teacher that no step will hear leaves the device.
+        """
+        distils = any(stage.objectives.distill for _, stage in self.stages)
+        if distils and self.config.teacher.precompute:
             self.inputs.precompute_teacher(self.variables["teacher"], self.meta["teacher_fingerprint"])
-        if self.config.distill.target_norm == "standardise":
+        if distils and self.config.distill.target_norm == "standardise":
             path = self.workdir / "target_statistics.npz"
             samples = None if path.is_file() else self.inputs.teacher_samples(self.variables["teacher"], self.mesh)
             statistics, baseline = teacher.statistics(samples, path)
@@ -136,51 +159,59 @@ class _Run:
             self.constants = dataclasses.replace(self.constants, statistics=statistics)
             scores = ", ".join(f"{x:.2f}" for x in baseline)
             log.say(f"predicting the mean of the raw teacher blocks would score a cosine of {scores}")
+        if not distils or self.config.teacher.precompute:
+            self.variables.pop("teacher", None)
 
     def _find_null_space(self, log: Log) -> None:
         """Confines LoRA to directions that text hardly uses, if so configured."""
         energy = self.config.lora.text_energy
         if energy < 1:
             log.say("looking for the directions that text hardly uses")
-            text = self.inputs.plain_text()
+            widest = max(self.built.model.config.llm.width, self.built.model.config.llm.mlp_width)
+            text = self.inputs.plain_text(max(16384, _TOKENS_PER_DIRECTION * widest))
             bases = null_space.bases(self.built, self.variables["params"], text, energy, self.mesh)
-            widths = {path.split("/")[-2]: basis.shape[-1] for path, basis in bases.items()}
-            log.say("LoRA reads, at most: " + ", ".join(f"{name} {n} directions" for name, n in widths.items()))
+            widths = ", ".join(f"{basis.shape[2]} of {basis.shape[1]} ({name})" for name, basis in bases.items())
+            log.say(f"directions of its inputs that LoRA reads, at most: {widths}")
             bases = jax.device_put(bases, sharding.replicated(self.mesh))
             self.constants = dataclasses.replace(self.constants, null_space=bases)
             self.variables = sharding.join(null_space.confine(sharding.flatten(self.variables), bases), {})
 
     def _run_stages(self, start: int, newest: Any, log: Log) -> Result:
-        first, state, metrics, rates = 0, None, {}, {}
-        for name, stage in self.stages:
+        first, state, metrics, trained = 0, None, {}, set()
+        for (name, stage), rates in zip(self.stages, self.rates, strict=True):
             if stage.merge_lora:
                 self._keep(state)
                 self._merge_lora()
                 state = None
-            paths = sharding.flatten({k: v for k, v in self.variables.items() if k != "teacher"})
-            new_rates = sharding.learning_rates(paths, stage.trainable or self.config.trainable)
-            if state is None or set(new_rates) != set(rates):
+            if state is None or set(rates) != trained:
                 self._keep(state)
-                trained, _ = sharding.split(self.variables, new_rates)
-                state = step_lib.new_state(self.config, trained, first, self.mesh)
-            rates = new_rates
-            self.own |= set(rates)
+                trained = set(rates)
+                leaves, self.variables = sharding.split(self.variables, rates)
+                state = step_lib.new_state(self.config, leaves, first, self.mesh)
+                del leaves  # the state holds float32 copies
+                self.own |= trained
             end = min(first + stage.steps, self.last_step)
+            # Also at the end of this stage: what it left, the next one starts from.
+            if newest is not None and start <= end:
+                state, newest = self._restore(start, state), None
             if start < end:
-                if newest is not None:
-                    state, newest = self._restore(newest[0], state), None
-                frozen = sharding.split(self.variables, rates)[1]
                 log.stage(name)
                 span = (first, max(start, first), end)
-                state, metrics, stopped = self._run_stage(stage, span, state, frozen, rates, log)
+                state, metrics, stopped = self._run_stage(stage, span, state, rates, log)
                 if stopped:
-                    return Result(int(state.step), True, metrics)
+                    return Result(int(state.step), True, metrics, self._seconds())
             first = end
         assert state is not None
-        return Result(int(state.step), False, metrics)
+        seconds = self._seconds()
+        if not self.evaluator.has(self.last_step):
+            self._evaluate(self.last_step, state, log)
+        return Result(int(state.step), False, metrics, seconds)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
 
     def _keep(self, state: step_lib.State | None) -> None:
-        """Takes over what was trained so far, before the division into trained and frozen changes."""
+        """Takes back what was trained so far, before the division into trained and frozen changes."""
         if state is not None:
             self.variables = sharding.join(state.trained, self.variables)
 
@@ -195,8 +226,9 @@ class _Run:
             checkpoint.abstract_like(self._own(state)),
             checkpoint.abstract_like(dataclasses.replace(state, trained={})),
         )
+        trained = {path: own.pop(path) for path in state.trained}
         self.variables = sharding.join(own, self.variables)
-        return dataclasses.replace(rest, trained={path: own[path] for path in state.trained})
+        return dataclasses.replace(rest, trained=trained)
 
     def _merge_lora(self) -> None:
         """Folds LoRA into the LLM and drops it: from here on the model has no adapters."""
@@ -204,15 +236,13 @@ class _Run:
         assert lora is not None
         adapters = self.variables.pop("lora")["llm"]
         self.variables["params"]["llm"] = merge(self.variables["params"]["llm"], adapters, lora)
-        merged = {f"params/llm/{p.removesuffix('/a')}/kernel" for p in sharding.flatten(adapters) if p.endswith("/a")}
-        self.own = {path for path in self.own if not path.startswith("lora/")} | merged
+        self.own = _after_merge(self.own)
 
     def _run_stage(
         self,
         stage: Config,
         span: tuple[int, int, int],
         state: step_lib.State,
-        frozen: dict,
         rates: dict[str, float],
         log: Log,
     ) -> tuple[step_lib.State, dict[str, float], bool]:
@@ -222,22 +252,26 @@ class _Run:
         run_step = step_lib.jit_step(self.built, stage, first, rates, self.mesh)
         active = step_lib.active_objectives(stage)
         batches = self.inputs.batches(active, start)
+        profile = range(c.profile_start, c.profile_start + c.profile_steps)
+        profiling = False
         on_cpu = jax.default_backend() == "cpu"
         pending: tuple[int, Any, Batch, float] | None = None
         metrics: dict[str, float] = {}
         clock = time.perf_counter()
         try:
             for step in range(start, end):
-                if step == c.profile_start and c.profile_steps:
+                if step in profile and not profiling:
                     jax.profiler.start_trace(str(self.workdir / "profile"))
+                    profiling = True
                 batch = next(batches)
-                state, out = run_step(state, frozen, self.constants, self.inputs.to_mesh(batch, self.mesh))
+                state, out = run_step(state, self.variables, self.constants, self.inputs.to_mesh(batch, self.mesh))
                 if on_cpu:
                     # With several CPU devices, jax deadlocks when many steps are in flight.
                     jax.block_until_ready(out)
-                if c.profile_steps and step + 1 == c.profile_start + c.profile_steps:
+                if profiling and step + 1 not in profile:
                     jax.block_until_ready(out)
                     jax.profiler.stop_trace()
+                    profiling = False
                 now = time.perf_counter()
                 seconds, clock = now - clock, now
                 # Step N is dispatched before the metrics of step N - 1 are read: the device never waits for us.
@@ -251,14 +285,16 @@ class _Run:
                     pending = None
                     if last or stop or (step + 1) % c.checkpoint_every == 0:
                         self._save(step + 1, state)
-                    if not stop and (_due(c.eval_every, step + 1) or (last and end == self.last_step)):
-                        self._evaluate(step + 1, state, frozen, log)
+                    if not stop and _due(c.eval_every, step + 1):
+                        self._evaluate(step + 1, state, log)
                     clock = time.perf_counter()
                 if stop:
                     log.say(f"{self.signals.received} received: saved at step {step + 1}; the same command resumes")
                     return state, metrics, True
         finally:
             batches.close()
+            if profiling:  # the stage or the run ended first
+                jax.profiler.stop_trace()
         return state, metrics, False
 
     def _report(
@@ -275,7 +311,7 @@ class _Run:
         values |= {
             "step_seconds": seconds,
             "tokens_per_second": int((batch.segment_BxT != 0).sum()) * jax.process_count() / seconds,
-            "audio_seconds_per_second": int(batch.n_samples_BxK.sum()) / 16000 * jax.process_count() / seconds,
+            "audio_seconds_per_second": int(batch.n_samples_BxK.sum()) / SAMPLE_RATE * jax.process_count() / seconds,
             "skipped": skipped,
         }
         log.progress(step, values)
@@ -293,11 +329,11 @@ class _Run:
         return values
 
     def _save(self, step: int, state: step_lib.State) -> None:
-        own = self._own(state)
-        self.checkpoints.save(step, own, dataclasses.replace(state, trained={}), {**self.meta, "own": sorted(own)})
+        meta = {**self.meta, "seconds": self._seconds()}
+        self.checkpoints.save(step, self._own(state), dataclasses.replace(state, trained={}), meta)
 
-    def _evaluate(self, step: int, state: step_lib.State, frozen: dict, log: Log) -> None:
-        variables = sharding.join(state.trained, frozen)
+    def _evaluate(self, step: int, state: step_lib.State, log: Log) -> None:
+        variables = sharding.join(state.trained, self.variables)
         student = {name: variables[name] for name in ("params", "lora") if name in variables}
         scores = self.evaluator(self.built, student, step)
         if scores is None:
@@ -306,8 +342,7 @@ class _Run:
         log.say(f"step {step}: validation " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         best = self.checkpoints.best()
         if best is None or scores["wer"] <= best["validation"]["wer"]:
-            own = self._own(state)
-            self.checkpoints.save_best(step, own, {**self.meta, "own": sorted(own), "validation": scores})
+            self.checkpoints.save_best(step, self._own(state), {**self.meta, "validation": scores})
 
 
 def merge(llm: dict, lora: dict, config: LoRAConfig) -> dict:
@@ -320,25 +355,74 @@ def merge(llm: dict, lora: dict, config: LoRAConfig) -> dict:
     return sharding.unflatten(flat)
 
 
+def _check_rows(config: Config, mesh: Mesh) -> None:
+    """Raises UserError if the rows of a batch do not divide over the mesh and the micro-batches."""
+    devices = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
+    pieces = devices * config.train.accumulate
+    keys = ["batch_size"]
+    if any(step_lib.active_objectives(stage) & objectives.TEXT for _, stage in config_lib.stages(config)):
+        keys.append("text_rows")
+    for key in keys:
+        if config.data[key] % pieces:
+            raise UserError(
+                f"data.{key} {config.data[key]} is not a multiple of {pieces}: mesh.data x mesh.fsdp {devices}, "
+                f"train.accumulate {config.train.accumulate}"
+            )
+
+
+def _rates_of_stages(
+    config: Config, stages: Sequence[tuple[str, Config]], paths: Collection[str]
+) -> list[dict[str, float]]:
+    """Returns {path of a trained variable: multiplier of the rate} of every stage, from the paths of the first one."""
+    rates = []
+    for name, stage in stages:
+        if stage.merge_lora:
+            paths = _after_merge(paths)
+        try:
+            rates.append(sharding.learning_rates(paths, stage.trainable or config.trainable))
+        except UserError as error:
+            raise UserError(f"stage {name}: {error}") from error
+    return rates
+
+
+def _after_merge(paths: Collection[str]) -> set[str]:
+    """Returns paths with the kernels that LoRA was merged into in place of LoRA's."""
+    adapters = {path for path in paths if path.startswith("lora/")}
+    merged = {
+        path.replace("lora/", "params/", 1).removesuffix("/a") + "/kernel" for path in adapters if path.endswith("/a")
+    }
+    return set(paths) - adapters | merged
+
+
 def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
 def _claim(workdir: Path, config: Config) -> None:
-    """Writes config.json; raises UserError if the workdir belongs to a run with another configuration."""
-    path = workdir / "config.json"
-    if path.is_file():
-        old, new = json.loads(path.read_text()), json.loads(config_lib.to_json(config))
+    """Writes config.json; raises UserError if the workdir belongs to a run with another configuration.
+
+    A workdir without a checkpoint belongs to no run yet: a mistake in the first attempt can be mended in place.
+    """
+    path, statistics = workdir / "config.json", workdir / "target_statistics.npz"
+    checkpoints = workdir / "checkpoints"
+    begun = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    if path.is_file() and begun:
+        old, new = (json.loads(config_lib.to_json(c)) for c in (config_lib.from_json(path), config))
         changed = [key for key in _differing(old, new) if not key.startswith(_MAY_CHANGE)]
         if changed:
             raise UserError(f"{workdir} belongs to a run with another {changed[0]}: choose another --workdir")
-    elif workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "checkpoints").is_dir():
+    elif path.is_file():
+        statistics.unlink(missing_ok=True)
+    elif workdir.is_dir() and any(workdir.iterdir()) and not checkpoints.is_dir():
         raise UserError(f"{workdir} is not empty and holds no run: choose another --workdir")
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(config_lib.to_json(config))
-        partial.replace(path)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(config_lib.to_json(config))
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written ({error.strerror}): choose another --workdir") from error
 
 
 def _differing(old: Any, new: Any, prefix: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ Dimensions: N adapted blocks, I width of a linear's input, C directions that are
 """
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,20 +21,20 @@ from aura_jax import sharding
 from aura_jax.models.speech_llm import text_context
 from aura_jax.system import System
 
-# Linears that read the same input share its moments.
+# Linears that read the same input share its moments and its basis.
 _INPUT = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
 
 
 def bases(system: System, params: dict, rows: Iterable[np.ndarray], energy: float, mesh: Mesh) -> dict[str, np.ndarray]:
-    """Returns an orthonormal basis [N, I, C] for every LoRA A, by the path of A.
+    """Returns an orthonormal basis [N, I, C] for every input that LoRA reads: {"qkv": ..., "down": ...}.
 
     While it measures, it holds N I^2 floats for each of the four inputs of a block.
 
     Args:
       params: the base LLM; text is read without adapters.
       rows: tokens [M, L] of ordinary text, all of one shape.
-      energy: the share of the text inputs' energy that may lie in the basis. In a block that needs fewer directions
-        than C for it, the basis is filled up with zeros.
+      energy: the share of the text inputs' energy that may lie in the basis, as far as that leaves as many directions
+        as A has columns. In a block that needs fewer directions than C, the basis is filled up with zeros.
     """
     moments = jax.jit(functools.partial(_moments, system), out_shardings=sharding.replicated(mesh))
     total: Any = None
@@ -42,12 +43,9 @@ def bases(system: System, params: dict, rows: Iterable[np.ndarray], energy: floa
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     lora = system.model.config.lora
     assert total is not None and lora is not None
-    trailing = {path: _trailing(np.asarray(x), energy, lora.rank) for path, x in sharding.flatten(total).items()}
-    out = {}
-    for target in lora.targets:
-        room = "mlp" if target in ("gate", "up", "down") else "attn"
-        out[f"lora/llm/adapted/{room}/{target}/a"] = trailing[f"llm/adapted/{room}/{_INPUT[target]}_input"]
-    return out
+    found = {path.split("/")[-1]: np.asarray(x) for path, x in sharding.flatten(total).items()}
+    read = sorted({_INPUT[target] for target in lora.targets})
+    return {name: _trailing(found[f"{name}_input"], energy, lora.rank) for name in read}
 
 
 def _moments(system: System, params: dict, tokens_MxL: jax.Array) -> Any:
@@ -69,9 +67,13 @@ def _trailing(moment_NxIxI: np.ndarray, energy: float, at_least: int) -> np.ndar
 
 
 def confine(leaves: Mapping[str, jax.Array], bases: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Projects every A [N, I, r] that has a basis on it; the other leaves stay as they are."""
+    """Projects every A [N, I, r], by its path, on the basis of its input; other leaves stay as they are."""
 
-    def project(a_NxIxr: jax.Array, basis_NxIxC: jax.Array) -> jax.Array:
-        return jnp.einsum("nic,ncr->nir", basis_NxIxC, jnp.einsum("nic,nir->ncr", basis_NxIxC, a_NxIxr))
+    def project(path: str, leaf: jax.Array) -> jax.Array:
+        adapter = re.fullmatch(r"lora/.*/(\w+)/a", path)
+        if adapter is None or not bases:
+            return leaf
+        basis_NxIxC = bases[_INPUT[adapter[1]]]
+        return jnp.einsum("nic,ncr->nir", basis_NxIxC, jnp.einsum("nic,nir->ncr", basis_NxIxC, leaf))
 
-    return {path: project(leaf, bases[path]) if path in bases else leaf for path, leaf in leaves.items()}
+    return {path: project(path, leaf) for path, leaf in leaves.items()}

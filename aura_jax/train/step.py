@@ -40,7 +40,7 @@ class Constants:
 
     Attributes:
       statistics: mean and std [P, E] of the teacher's states where targets are standardised.
-      null_space: {path of a LoRA A: the basis that it is confined to}.
+      null_space: {input of adapted linears: the basis that every A which reads it is confined to}.
     """
 
     statistics: dict[str, jax.Array] | None = None
