@@ -1,12 +1,11 @@
 """What teaching it to hear cost the LLM: its loss on ordinary text, and its answers to plain questions.
 
-Each is taken twice: with the adapters off (the base LLM), and on for every token, as after a merge, or in a text turn
-that follows a spoken one. Under `lora.scope` "audio" they never act on text, and the two are the same by construction.
+Each is taken twice: of the base LLM, and with the adapters on for every token, as in a text turn that follows a spoken
+one, or merged. Under `lora.scope` "audio" they never act on text, and the two are the same by construction.
 Dimensions: B rows, T tokens, R targets, D width.
 """
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from aura_jax import losses
+from aura_jax import checkpoint, losses
+from aura_jax.data.manifest import json_lines
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
 from aura_jax.infer.generate import Generator, Request
 from aura_jax.models.speech_llm import text_context
-from aura_jax.system import System
+from aura_jax.system import System, load_llm
 
 _ROWS = 4
 _LENGTH = 256  # tokens: longer texts are cut into pieces, each read by itself
@@ -53,7 +53,7 @@ def load_heldout(path: str | Path, chat: ChatFormat) -> list[TextRow]:
       UserError: the file is missing or empty, or a line is neither: names file and line.
     """
     rows = []
-    for where, values in _json_lines(path):
+    for where, values in json_lines(path):
         text, messages = values.get("text"), values.get("messages")
         if isinstance(text, str):
             tokens, kind = chat.text(text), str(values.get("kind", "text"))
@@ -82,7 +82,7 @@ def load_questions(path: str | Path) -> list[Question]:
       UserError: the file is missing or empty, or a line has another form: names file and line.
     """
     questions = []
-    for where, values in _json_lines(path):
+    for where, values in json_lines(path):
         prompt, patterns = values.get("prompt"), values.get("patterns")
         if not isinstance(prompt, str) or not prompt or not isinstance(patterns, list) or not patterns:
             raise UserError(f"{where}: give 'prompt' (a question) and 'patterns' (a list of right answers)")
@@ -101,22 +101,6 @@ def _is_turn(message: Any) -> bool:
     return (
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     )
-
-
-def _json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give JSON lines in UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg}): give one JSON object a line") from error
-            if not isinstance(values, dict):
-                raise UserError(f"{path}:{number}: not an object: give one JSON object a line")
-            yield f"{path}:{number}", values
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))
@@ -140,8 +124,8 @@ def text_loss(
     """Returns for each kind of text the cross-entropy in nats, summed, and the number of tokens predicted.
 
     Args:
-      variables: `params` and `lora`.
-      adapters: act on all tokens (under scope "audio" on none, text or not); False: the base LLM.
+      variables: `params` and `lora`; after a merge `params` alone.
+      adapters: act on all tokens (under scope "audio" on none, text or not); False: without them.
     """
     on = adapters and "lora" in variables and system.config.lora.scope != "audio"
     visible = {name: variables[name] for name in ("params", "lora") if name == "params" or on}
@@ -168,15 +152,23 @@ def text_loss(
     return totals
 
 
+def _base(system: System, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns variables that are the base LLM's with the adapters off: after a merge its weights are read again."""
+    if "lora" in variables:
+        return variables
+    llm = load_llm(system, checkpoint.system_mesh(system.config))
+    return {"params": {**variables["params"], "llm": llm}}
+
+
 def compare_text(
     system: System, variables: Mapping[str, Any], rows: Sequence[TextRow], progress: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Returns the loss on held-out text with the adapters off and on, in nats a token, for each kind and for "all".
+    """Returns the loss on held-out text of the base LLM, and with the adapters on or merged, in nats a token.
 
     Returns:
-      {kind: {"tokens", "base", "adapted", "rise"}}.
+      {kind: {"tokens", "base", "adapted", "rise"}}, for each kind of text and for "all".
     """
-    base = text_loss(system, variables, rows, adapters=False, progress=progress)
+    base = text_loss(system, _base(system, variables), rows, adapters=False, progress=progress)
     adapted = text_loss(system, variables, rows, adapters=True, progress=progress)
     for totals in (base, adapted):
         totals["all"] = (sum(total for total, _ in totals.values()), sum(count for _, count in totals.values()))
@@ -193,7 +185,7 @@ def ask(
     questions: Sequence[Question],
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Asks plain questions in text, with the adapters off and on, and checks the answers.
+    """Asks plain questions in text of the base LLM, and with the adapters on or merged, and checks the answers.
 
     Returns:
       {"n", "base": right answers, "adapted": right answers, "answers": [{"question", "base", "base_right", "adapted",
@@ -201,8 +193,8 @@ def ask(
     """
     on = system.config.lora.scope != "audio"
     answers: list[dict[str, Any]] = [{"question": question.prompt} for question in questions]
-    for name, adapters in (("base", False), ("adapted", on)):
-        generator = Generator(system, variables, max_new_tokens=max_new_tokens, adapters_on_text=adapters)
+    for name, adapters, of in (("base", False, _base(system, variables)), ("adapted", on, variables)):
+        generator = Generator(system, of, max_new_tokens=max_new_tokens, adapters_on_text=adapters)
         replies = generator.generate([Request(prompt=question.prompt) for question in questions])
         for answer, question, reply in zip(answers, questions, replies, strict=True):
             answer[name] = reply.text

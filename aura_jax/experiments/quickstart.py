@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from aura_jax import checkpoint
-from aura_jax.config import Config
+from aura_jax import checkpoint, system
+from aura_jax.config import Config, to_json
 from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
 from aura_jax.evaluate import text
@@ -36,16 +36,18 @@ def without_distillation(config: Config) -> Config:
 
 def run(config: Config, workdir: Path) -> dict[str, Any] | None:
     """Trains (or goes on), evaluates, writes `scores.json`, and returns it; None if a signal cut training short."""
-    clock = time.perf_counter()
     result = loop.train(config, workdir)
     if result.interrupted:
         return None
-    trained = time.perf_counter()
-    path = workdir / "scores.json"
-    if path.is_file() and (scores := json.loads(path.read_text()))["step"] == result.step:
-        return scores
-    scores = {"step": result.step, **evaluate(config, workdir)}
-    scores["seconds"] = {"train": trained - clock, "evaluate": time.perf_counter() - trained}
+    path, settings = workdir / "scores.json", json.loads(to_json(config))["eval"]
+    if path.is_file():
+        scores = json.loads(path.read_text())
+        if (scores.get("step"), scores.get("eval")) == (result.step, settings):
+            return scores
+    clock = time.perf_counter()
+    scored = checkpoint.inference_step(workdir)
+    scores = {"step": result.step, "scored_step": scored, "eval": settings, **evaluate(config, workdir)}
+    scores["seconds"] = {"train": result.seconds, "evaluate": time.perf_counter() - clock}
     scores["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scores["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     partial = path.with_suffix(".partial")
@@ -54,8 +56,30 @@ def run(config: Config, workdir: Path) -> dict[str, Any] | None:
     return scores
 
 
+def check(config: Config) -> None:
+    """Reads the files that the evaluation will need: a mistake in them must not show after the training.
+
+    Raises:
+      UserError: one of them is missing or malformed.
+    """
+    heldout, questions = config.eval.text_heldout, config.eval.text_questions
+    for path in (*config.eval.sets.values(), heldout, questions):
+        if path and not Path(path).is_file():
+            raise UserError(f"{path} is missing: run the quickstart from the root of the repository")
+    for manifest in config.eval.sets.values():
+        load_manifest(manifest)
+    if questions:
+        text.load_questions(questions)
+    if heldout:
+        text.load_heldout(heldout, system.build(config).chat)
+
+
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
-    """Returns {"sets": scores of each test set, "text": loss and answers with the adapters off and on}."""
+    """Returns {"sets": scores of each test set, "text": what became of the LLM's text}.
+
+    "text" is there if the config names texts: {"adapters": their scope, or "merged", "loss": of `text.compare_text`,
+    "questions": of `text.ask`}.
+    """
     built, variables = checkpoint.load_for_inference(workdir)
     generator = Generator(built, variables)
     classifier = intent_classifier(manifest for manifest, _ in config.data.train)
@@ -67,11 +91,15 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
             transcripts[name] = [dataclasses.asdict(output) for output in result.outputs]
         (workdir / "transcripts.json").write_text(json.dumps(transcripts, indent=1) + "\n")
         out: dict[str, Any] = {"sets": sets}
+        of_text: dict[str, Any] = {}
         if config.eval.text_heldout:
             rows = text.load_heldout(config.eval.text_heldout, built.chat)
-            out["text"] = {"loss": text.compare_text(built, variables, rows)}
+            of_text["loss"] = text.compare_text(built, variables, rows)
+        if config.eval.text_questions:
             questions = text.load_questions(config.eval.text_questions)
-            out["text"]["questions"] = text.ask(built, variables, questions, max_new_tokens=ANSWER_TOKENS)
+            of_text["questions"] = text.ask(built, variables, questions, max_new_tokens=ANSWER_TOKENS)
+        if of_text:
+            out["text"] = {"adapters": config.lora.scope if "lora" in variables else "merged", **of_text}
     return out
 
 
@@ -92,34 +120,42 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def text_lines(scores: dict[str, Any]) -> str:
-    """Returns what became of the LLM's text, in two lines."""
-    loss, questions = scores["text"]["loss"]["all"], scores["text"]["questions"]
-    return (
-        f"text, adapters on: {loss['adapted']:.2f} nats a token, {loss['base']:.2f} without them "
-        f"({loss['rise']:+.3f}); text-only requests run without them: not a bit changes\n"
-        f"plain questions: {questions['adapted']} of {questions['n']} right with adapters on, "
-        f"{questions['base']} without"
-    )
+    """Returns what became of the LLM's text: a line on its loss, and one on its answers."""
+    of_text, lines = scores["text"], []
+    adapters = "merged" if of_text["adapters"] == "merged" else "on"
+    if "loss" in of_text:
+        loss = of_text["loss"]["all"]
+        line = f"text, adapters {adapters}: {loss['adapted']:.2f} nats a token, the base LLM {loss['base']:.2f}"
+        exact = "; text-only requests run without them: not a bit changes"
+        lines.append(f"{line} ({loss['rise']:+.3f}){exact if of_text['adapters'] in ('request', 'audio') else ''}")
+    if "questions" in of_text:
+        asked = of_text["questions"]
+        right = f"{asked['adapted']} of {asked['n']} right, the base LLM {asked['base']}"
+        lines.append(f"plain questions, adapters {adapters}: {right}")
+    return "\n".join(lines)
+
+
+def _size(scores: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Returns the steps trained, and the rows of each test set."""
+    return scores["step"], {name: of_set["n"] for name, of_set in scores["sets"].items()}
 
 
 def main(workdir: Path, config: Config, ablation: bool = False) -> int:
     """Runs the quickstart; returns an exit code. `ablation` also trains the run without distillation."""
     clock = time.perf_counter()
-    for manifest in config.eval.sets.values():
-        if not Path(manifest).is_file():
-            raise UserError(f"{manifest} is missing: run the quickstart from the root of the repository")
+    check(config)
     scores = run(config, workdir)
     if scores is None:
         return loop.RESUME_EXIT_CODE
     columns = {"AuRA": scores}
     if ablation:
-        other = run(without_distillation(config), workdir.with_name(f"{workdir.name}-ablation"))
+        other = run(without_distillation(config), Path(f"{workdir.absolute()}-ablation"))
         if other is None:
             return loop.RESUME_EXIT_CODE
         columns["without distillation"] = other
     if not ablation and COMMITTED.is_file():
         committed = json.loads(COMMITTED.read_text())["systems"].get("without distillation")
-        if committed and set(committed[0]["sets"]) == set(config.eval.sets):
+        if committed and _size(committed[0]) == _size(scores):  # of the same experiment, as far as can be seen
             columns["no distillation (committed)"] = committed[0]
     print()
     print(table(columns))

@@ -8,9 +8,10 @@ import pytest
 
 from aura_jax import system as system_lib
 from aura_jax.errors import UserError
-from aura_jax.evaluate.text import ask, compare_text, load_heldout, load_questions, text_loss
+from aura_jax.evaluate.text import Question, ask, compare_text, load_heldout, load_questions, text_loss
 from aura_jax.infer.generate import Generator, Reply
 from aura_jax.models.speech_llm import text_context
+from aura_jax.train.loop import merge
 
 LINES = """\
 {"text": "Turn on the lights in the kitchen, please.", "kind": "prose"}
@@ -67,6 +68,24 @@ def test_losses_are_the_models(tiny_loaded, rows):
     assert found["all"]["tokens"] == found["prose"]["tokens"] + found["chat"]["tokens"]
     assert found["all"]["rise"] == pytest.approx(found["all"]["adapted"] - found["all"]["base"])
     assert abs(found["prose"]["rise"]) > 1e-3  # the adapters do something, so the base is another model
+
+
+def test_after_a_merge_the_base_is_the_llm_as_it_was(tiny_loaded, rows, monkeypatch):
+    system, variables = tiny_loaded
+    llm = merge(variables["params"]["llm"], variables["lora"]["llm"], system.model.config.lora)
+    merged = {"params": {**variables["params"], "llm": llm}}
+    prose = rows[:1]
+    before = compare_text(system, variables, prose, progress=False)["all"]
+    after = compare_text(system, merged, prose, progress=False)["all"]
+    assert after["base"] == before["base"]
+    assert after["adapted"] == pytest.approx(before["adapted"], rel=1e-4) and abs(after["rise"]) > 1e-3
+
+    read = lambda self, requests: [
+        Reply("base" if self.variables["params"]["llm"] is not llm else "merged", (), True, 0.0) for _ in requests
+    ]
+    monkeypatch.setattr(Generator, "generate", read)
+    found = ask(system, merged, [Question("Which?", ("base",))])
+    assert (found["base"], found["adapted"]) == (1, 0)
 
 
 def test_under_plora_text_is_untouched(tiny_config, tiny_loaded, rows):
