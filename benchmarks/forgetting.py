@@ -23,17 +23,16 @@ def _both_stages(objective: str, weight: float) -> tuple[str, ...]:
 
 
 _NULL_SPACE = "lora.text_energy=0.03"
-_JOINT_ANCHOR = "train.stages.joint.objectives.text_anchor=3.0"
+_JOINT_ANCHOR = "train.stages.joint.objectives.text_anchor=10.0"
 ARMS: dict[str, tuple[str, ...]] = {
     "nothing": (),
-    "anchor 3": _both_stages("text_anchor", 3.0),
     "anchor 10": _both_stages("text_anchor", 10.0),
     "anchor 10, prose only": (*_both_stages("text_anchor", 10.0), "data.text_chat=0.0"),
     "anchor 30": _both_stages("text_anchor", 30.0),
     "KD on text": _both_stages("text_kd", 1.0),
     "PLoRA": ("lora.scope=audio",),
     "null space": (_NULL_SPACE,),
-    "null space, anchor 3": (_NULL_SPACE, _JOINT_ANCHOR),
+    "null space, anchor 10 at last": (_NULL_SPACE, _JOINT_ANCHOR),  # the quickstart's
 }
 
 

