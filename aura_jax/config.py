@@ -64,7 +64,7 @@ def default() -> Config:
             teacher="",  # likewise, a Whisper
             dtype="float32",  # of the computation: float32 or bfloat16
             param_dtype="float32",  # frozen weights are stored in this
-            matmul_dtype="",  # of the operands of products with the LLM's frozen weights; "": as dtype
+            matmul_dtype="",  # of the operands of products with the frozen weights of the LLM's blocks; "": as dtype
             attention="xla",  # of LLM and teacher: xla or cudnn
             remat="none",  # none, dots, or full
             mask="bidirectional",  # inside an audio span: causal, bidirectional, or block

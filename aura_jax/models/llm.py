@@ -266,8 +266,9 @@ class LLM(nn.Module):
 
     Attributes:
       lora: None for no adapters; its n_blocks says how many blocks are in the first scan.
-      matmul_dtype: of the operands of products with frozen weights, summed in float32; None for `dtype`. On CPUs with
-        bfloat16 units such products run at twice the speed of float32, while the residual stream stays float32.
+      matmul_dtype: of the operands of products with frozen weights of blocks, summed in float32; None for `dtype`. On
+        CPUs with bfloat16 units such products run at twice the speed of float32, while the residual stream stays
+        float32. The head is not one of them: its operand would be a copy of the whole embedding table.
       tap: called after each adapted block with the hidden states at the audio positions.
       remat: "none", "dots" (keeps the results of matmuls with weights), or "full" (keeps each block's input only).
     """
@@ -296,7 +297,7 @@ class LLM(nn.Module):
             self.plain = self._blocks(c.n_blocks - self.n_adapted, None, None)
         self.final_norm = RMSNorm(c.norm_eps, self.param_dtype)
         if not c.tied:
-            self.lm_head = Dense(c.vocab, False, None, self.dtype, self.param_dtype, self.matmul_dtype)
+            self.lm_head = Dense(c.vocab, False, None, self.dtype, self.param_dtype)
 
     def _blocks(self, length: int, lora: LoRAConfig | None, tap: Tap | None) -> nn.Module:
         block, broadcast = Block, (nn.broadcast, nn.broadcast)
@@ -336,7 +337,7 @@ class LLM(nn.Module):
     def logits(self, h: jax.Array) -> jax.Array:
         """Returns logits [..., V] in float32 of normed hidden states [..., D]: call it at targets only."""
         if self.config.tied:
-            return matmul(h.astype(jnp.float32), self.token_embed.embedding, self.matmul_dtype or self.dtype, 1)
+            return matmul(h.astype(jnp.float32), self.token_embed.embedding, self.dtype, 1)
         return self.lm_head(h).astype(jnp.float32)
 
     def __call__(
