@@ -27,7 +27,6 @@ def make_source(
     chat: ChatFormat,
     *,
     prompt: str = "",
-    responses: bool = True,
     n_samples: Sequence[int] | None = None,
 ) -> Source:
     """Tokenises rows and measures their clips.
@@ -36,26 +35,22 @@ def make_source(
         rows: of a manifest, or a part of one.
         chat: the chat format.
         prompt: for speech rows without a prompt of their own.
-        responses: False: no response and no target, for generating one.
         n_samples: of each clip. None: by `manifest.clip_samples`.
 
     Raises:
-        UserError: there are no rows; a plain text has fewer than two tokens, or `responses` is False and it has nothing
-            to answer; the chat template fails.
+        UserError: there are no rows; a plain text has fewer than two tokens; the chat template fails.
     """
     if not rows:
         raise UserError("a source without rows: give a manifest, or a part of one, that has some")
     prefixes, suffixes, targets = [], [], []
     for row in rows:
         if row.is_plain_text:
-            if not responses:
-                raise UserError(f"{row.where}: a plain text, and nothing to answer: give it 'prompt' and 'response'")
             prefix, target = _plain_text(row, chat)
             suffix = ()
         else:
             words = row.prompt if row.prompt is not None else prompt
             prefix, suffix = chat.encode(words, row.audio is not None, row.history)
-            target = chat.response(row.target) if responses else ()
+            target = chat.response(row.target)
         prefixes.append(prefix)
         suffixes.append(suffix)
         targets.append(target)

@@ -118,14 +118,6 @@ def test_a_sequential_plan_ends(rows, chat):
         assert not list(batches)
 
 
-def test_prompts_without_responses_are_for_generating(rows, chat):
-    sources = [make_source(rows[:N_CLIPS], chat, responses=False)]
-    _, batch = take(1, sources, make_plan(sources))[0]
-    assert not batch.target_weight_BxR.any() and (batch.segment_BxT.max(axis=1) == 1).all()
-    with pytest.raises(UserError, match=r"train.jsonl:12: a plain text"):
-        make_source(rows, chat, responses=False)
-
-
 def test_an_unreadable_clip_weighs_nothing_and_is_written_down_once(rows, chat, tmp_path):
     soundfile.write(tmp_path / "0.wav", np.array([0.1, np.nan]), 16000, "FLOAT")
     (tmp_path / "1.wav").write_bytes(b"not audio")
