@@ -17,8 +17,10 @@ def table(systems: dict[str, list[dict[str, Any]]]) -> str:
     count = lambda runs: f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
     lines = [row("", [f"{name} ({count(runs)})" for name, runs in systems.items()]), "|---" * (1 + len(systems)) + "|"]
 
-    def add(name: str, value: Callable[[dict], float], scale: float = 1.0, digits: int = 1) -> None:
-        lines.append(row(name, [spread(map(value, runs), scale, digits) for runs in systems.values()]))
+    def add(name: str, value: Callable[[dict], float | None], scale: float = 1.0, digits: int = 1) -> None:
+        """A value is None where it was not measured."""
+        values = [[x for run in runs if (x := value(run)) is not None] for runs in systems.values()]
+        lines.append(row(name, [spread(of_system, scale, digits) if of_system else "" for of_system in values]))
 
     sets = next(iter(systems.values()))[0]["sets"]
     for name, scores in sets.items():
@@ -26,8 +28,11 @@ def table(systems: dict[str, list[dict[str, Any]]]) -> str:
     add("rise of the loss on held-out text, adapters on, nats", lambda run: run["text"]["loss"]["all"]["rise"], 1, 3)
     n = next(iter(systems.values()))[0]["text"]["questions"]["n"]
     add(f"plain text questions right, adapters on (of {n})", lambda run: run["text"]["questions"]["adapted"], 1, 0)
-    add("core-minutes of training", lambda run: run["cores"] * run["seconds"]["train"] / 60, 1, 0)
-    add("core-minutes of evaluation", lambda run: run["cores"] * run["seconds"]["evaluate"] / 60, 1, 0)
+    # The others shared the machine.
+    for part in ("train", "evaluate"):
+        add(
+            f"minutes to {part} on two cores", lambda r, part=part: r["seconds"][part] / 60 if r["cores"] == 2 else None
+        )
     add("peak memory, GiB", lambda run: run["peak_memory_gib"])
     return "\n".join(lines) + "\n"
 
