@@ -45,8 +45,7 @@ def run(config: Config, workdir: Path) -> dict[str, Any] | None:
         if (scores.get("step"), scores.get("eval")) == (result.step, settings):
             return scores
     clock = time.perf_counter()
-    scored = checkpoint.inference_step(workdir)
-    scores = {"step": result.step, "scored_step": scored, "eval": settings, **evaluate(config, workdir)}
+    scores = {"step": result.step, "eval": settings, **evaluate(config, workdir)}
     scores["seconds"] = {"train": result.seconds, "evaluate": time.perf_counter() - clock}
     scores["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scores["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -75,7 +74,7 @@ def check(config: Config) -> None:
 
 
 def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
-    """Returns {"sets": scores of each test set, "text": what became of the LLM's text}.
+    """Returns {"scored_step": of the weights, "sets": scores of each set, "text": what became of the LLM's text}.
 
     "text" is there if the config names texts: {"adapters": their scope, or "merged", "loss": of `text.compare_text`,
     "questions": of `text.ask`}.
@@ -90,7 +89,7 @@ def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
             sets[name] = result.scores
             transcripts[name] = [dataclasses.asdict(output) for output in result.outputs]
         (workdir / "transcripts.json").write_text(json.dumps(transcripts, indent=1) + "\n")
-        out: dict[str, Any] = {"sets": sets}
+        out: dict[str, Any] = {"scored_step": checkpoint.inference_step(workdir), "sets": sets}
         of_text: dict[str, Any] = {}
         if config.eval.text_heldout:
             rows = text.load_heldout(config.eval.text_heldout, built.chat)
