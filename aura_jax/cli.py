@@ -49,7 +49,7 @@ _CONFIG_HELP = """\
 config:
   --config=FILE           a Python file with get_config(), such as configs/quickstart.py
   --config.KEY=VALUE      overrides one key, e.g. --config.lora.rank=32 --config.train.steps=200;
-                          aura_jax/config.py lists all keys with their defaults"""
+                          aura_jax/config/keys.py lists all keys with their defaults"""
 _OVERRIDE_HELP = """\
 config:
   --config.KEY=VALUE      overrides what another machine may need other than the run had it: mesh.*,

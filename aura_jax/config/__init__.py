@@ -1,0 +1,19 @@
+"""The configuration: every key with its default, read from a Python file and overridden on the command line."""
+
+from aura_jax.config.keys import OBJECTIVES, Config, default, stage, stages, total_steps
+from aura_jax.config.reading import from_json, load, override, to_json
+from aura_jax.config.rules import validate
+
+__all__ = (
+    "OBJECTIVES",
+    "Config",
+    "default",
+    "from_json",
+    "load",
+    "override",
+    "stage",
+    "stages",
+    "to_json",
+    "total_steps",
+    "validate",
+)
