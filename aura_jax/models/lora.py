@@ -6,11 +6,13 @@ test and the merge test need nothing else.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aura_jax.errors import UserError, nearest
 
@@ -125,3 +127,20 @@ class Dense(nn.Module):
             return y_BxTxO + delta_BxTxO
         # Select rather than multiply by 0: a NaN of the delta must not leak into tokens outside its scope.
         return jnp.where(lora_mask_BxT[..., None], y_BxTxO + delta_BxTxO, y_BxTxO)
+
+
+def merge(llm: Mapping[str, Any], lora: Mapping[str, Any], config: LoRAConfig) -> dict[str, Any]:
+    """Returns the LLM's variables with W + scale A B in place of every adapted W, in the dtype of W.
+
+    Raises:
+      UserError: for PLoRA, whose delta is absent from text.
+    """
+    if config.scope == "audio":
+        raise UserError("lora.scope 'audio' (PLoRA) acts at audio tokens only and cannot be merged into the LLM")
+    flat: Any = flatten_dict(llm, sep="/")
+    deltas: Any = flatten_dict(lora, sep="/")
+    for path in [p.removesuffix("/a") for p in deltas if p.endswith("/a")]:
+        kernel = flat[f"{path}/kernel"]
+        delta = jnp.einsum("lir,lro->lio", deltas[f"{path}/a"], deltas[f"{path}/b"]) * config.scale
+        flat[f"{path}/kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return unflatten_dict(flat, sep="/")

@@ -6,15 +6,12 @@ batch i of the plan, so the step count is the position in the data.
 
 import dataclasses
 import json
-import signal
-import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,30 +21,18 @@ from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.errors import UserError
-from aura_jax.models.lora import LoRAConfig
+from aura_jax.models.lora import merge
 from aura_jax.train import null_space, objectives, teacher
 from aura_jax.train import step as step_lib
 from aura_jax.train.evaluator import Evaluator
 from aura_jax.train.inputs import Inputs
 from aura_jax.train.log import Log
+from aura_jax.train.signals import Signals
+from aura_jax.train.workdir import claim
 
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
 _TOKENS_PER_DIRECTION = 8  # of text, for a fair estimate of how much it uses each direction of a linear's input
-
-# Keys that may differ between the runs that share a workdir: they change nothing that was computed so far.
-_MAY_CHANGE = (
-    "train.steps",
-    "train.log_every",
-    "train.eval_",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.max_skipped",
-    "train.profile_",
-    "eval.",
-    "data.workers",
-    "data.threads",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +57,9 @@ def train(config: Config, workdir: Path) -> Result:
         non-finite.
     """
     config_lib.validate(config)
-    _claim(workdir, config)
+    claim(workdir, config)
     mesh = checkpoint.system_mesh(config)
-    with jax.set_mesh(mesh), _Signals() as signals:
+    with jax.set_mesh(mesh), Signals() as signals:
         return _Run(config, workdir, mesh, signals).run()
 
 
@@ -87,7 +72,7 @@ class _Run:
       meta: what every checkpoint says of the run.
     """
 
-    def __init__(self, config: Config, workdir: Path, mesh: Mesh, signals: "_Signals"):
+    def __init__(self, config: Config, workdir: Path, mesh: Mesh, signals: Signals):
         self._started = time.perf_counter()
         self._seconds_before = 0.0
         self.config, self.workdir, self.mesh, self.signals = config, workdir, mesh, signals
@@ -345,16 +330,6 @@ class _Run:
             self.checkpoints.save_best(step, self._own(state), {**self.meta, "validation": scores})
 
 
-def merge(llm: dict, lora: dict, config: LoRAConfig) -> dict:
-    """Returns the LLM's variables with W + scale A B in place of every adapted W, in the dtype of W."""
-    flat, deltas = sharding.flatten(llm), sharding.flatten(lora)
-    for path in [p.removesuffix("/a") for p in deltas if p.endswith("/a")]:
-        kernel = flat[f"{path}/kernel"]
-        delta = jnp.einsum("lir,lro->lio", deltas[f"{path}/a"], deltas[f"{path}/b"]) * config.scale
-        flat[f"{path}/kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
-    return sharding.unflatten(flat)
-
-
 def _check_rows(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the rows of a batch do not divide over the mesh and the micro-batches."""
     devices = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
@@ -396,62 +371,3 @@ def _after_merge(paths: Collection[str]) -> set[str]:
 
 def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _claim(workdir: Path, config: Config) -> None:
-    """Writes config.json; raises UserError if the workdir belongs to a run with another configuration.
-
-    A workdir without a checkpoint belongs to no run yet: a mistake in the first attempt can be mended in place.
-    """
-    path, statistics = workdir / "config.json", workdir / "target_statistics.npz"
-    checkpoints = workdir / "checkpoints"
-    begun = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
-    if path.is_file() and begun:
-        old, new = (json.loads(config_lib.to_json(c)) for c in (config_lib.from_json(path), config))
-        changed = [key for key in _differing(old, new) if not key.startswith(_MAY_CHANGE)]
-        if changed:
-            raise UserError(f"{workdir} belongs to a run with another {changed[0]}: choose another --workdir")
-    elif path.is_file():
-        statistics.unlink(missing_ok=True)
-    elif workdir.is_dir() and any(workdir.iterdir()) and not checkpoints.is_dir():
-        raise UserError(f"{workdir} is not empty and holds no run: choose another --workdir")
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(config_lib.to_json(config))
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(f"{workdir}: cannot be written ({error.strerror}): choose another --workdir") from error
-
-
-def _differing(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differing(old.get(key), new.get(key), f"{prefix}{key}.")
-    elif old != new:
-        yield prefix.removesuffix(".")
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; a second SIGINT interrupts at once."""
-
-    def __init__(self):
-        self.received = ""
-
-    def __enter__(self) -> "_Signals":
-        # Only the main thread may set handlers; elsewhere (in a notebook's worker, say) signals stay as they are.
-        if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        else:
-            self._old = {}
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def __exit__(self, *unused: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)

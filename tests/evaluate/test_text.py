@@ -10,8 +10,8 @@ from aura_jax import system as system_lib
 from aura_jax.errors import UserError
 from aura_jax.evaluate.text import Question, ask, compare_text, load_heldout, load_questions, text_loss
 from aura_jax.infer.generate import Generator, Reply
+from aura_jax.models.lora import merge
 from aura_jax.models.speech_llm import text_context
-from aura_jax.train.loop import merge
 
 LINES = """\
 {"text": "Turn on the lights in the kitchen, please.", "kind": "prose"}

@@ -13,7 +13,7 @@ import transformers
 from aura_jax.convert import hf
 from aura_jax.errors import UserError
 from aura_jax.models.llm import LLM
-from aura_jax.models.lora import TARGETS, Dense, LoRAConfig, matmul
+from aura_jax.models.lora import TARGETS, Dense, LoRAConfig, matmul, merge
 from aura_jax.models.speech_llm import text_context
 
 CONFIG = LoRAConfig(n_blocks=2, rank=4, alpha=6.0)
@@ -198,3 +198,8 @@ def test_impossible_values_are_named(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         dataclasses.replace(CONFIG, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_plora_cannot_be_merged():
+    with pytest.raises(UserError, match="PLoRA"):
+        merge({}, {}, dataclasses.replace(CONFIG, scope="audio"))

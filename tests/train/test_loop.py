@@ -14,6 +14,7 @@ import pytest
 
 from aura_jax import checkpoint, config, sharding, system
 from aura_jax.errors import UserError
+from aura_jax.models.lora import merge
 from aura_jax.train import loop
 
 pytestmark = pytest.mark.slow  # each run compiles its own steps
@@ -156,7 +157,7 @@ def test_merge_equals_the_adapted_model(make_config, make_run):
     mel, n_frames = objectives.student_mel(built, batch, None)
     cols = Columns.of(batch)
     adapted, _ = built.model.apply({k: variables[k] for k in ("params", "lora")}, cols, mel, n_frames)
-    merged = loop.merge(variables["params"]["llm"], variables["lora"]["llm"], built.model.config.lora)
+    merged = merge(variables["params"]["llm"], variables["lora"]["llm"], built.model.config.lora)
     params = {**variables["params"], "llm": merged}
     plain, _ = built.model.apply({"params": params}, cols, mel, n_frames)
     base, _ = built.model.apply({"params": variables["params"]}, cols, mel, n_frames)
