@@ -192,6 +192,7 @@ print("same on every mesh")
 """
 
 
+@pytest.mark.slow  # a process of its own, with eight devices
 def test_forward_and_gradients_on_eight_devices_are_those_of_one():
     run = subprocess.run(
         [sys.executable, "-c", ON_A_MESH],
