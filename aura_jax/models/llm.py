@@ -18,7 +18,7 @@ from flax import struct
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import attention
-from aura_jax.models.lora import Dense, LoRAConfig, matmul
+from aura_jax.models.lora import LINEAR, Dense, LoRAConfig, matmul
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
@@ -302,7 +302,7 @@ class LLM(nn.Module):
     def _blocks(self, length: int, lora: LoRAConfig | None, tap: Tap | None) -> nn.Module:
         block, broadcast = Block, (nn.broadcast, nn.broadcast)
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(LINEAR) if self.remat == "dots" else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         return nn.scan(
             block,

@@ -13,10 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
 from aura_jax.errors import UserError, nearest
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEAR = "linear"  # names what a policy of rematerialisation may keep: the outputs of linears, LoRA included
 SCOPES = ("all", "request", "audio")
 
 
@@ -116,17 +118,19 @@ class Dense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y_BxTxO = y_BxTxO + bias.astype(self.dtype)
         if self.lora is None or not (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
-            return y_BxTxO
+            return checkpoint_name(y_BxTxO, LINEAR)
         rank = self.lora.rank
         # Kaiming-uniform with gain 1/sqrt(3), as PEFT: the variance of x A is that of x over 3.
         init_a = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         a = self.variable("lora", "a", lambda: init_a(self.make_rng("lora"), (n_in, rank), jnp.float32)).value
         b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)).value
-        delta_BxTxO = (x_BxTxI @ a.astype(self.dtype)) @ b.astype(self.dtype) * self.lora.scale
+        with jax.named_scope("delta"):
+            low_BxTxR = checkpoint_name(x_BxTxI @ a.astype(self.dtype), LINEAR)
+            delta_BxTxO = low_BxTxR @ b.astype(self.dtype) * self.lora.scale
         if lora_mask_BxT is None:
-            return y_BxTxO + delta_BxTxO
+            return checkpoint_name(y_BxTxO + delta_BxTxO, LINEAR)
         # Select rather than multiply by 0: a NaN of the delta must not leak into tokens outside its scope.
-        return jnp.where(lora_mask_BxT[..., None], y_BxTxO + delta_BxTxO, y_BxTxO)
+        return checkpoint_name(jnp.where(lora_mask_BxT[..., None], y_BxTxO + delta_BxTxO, y_BxTxO), LINEAR)
 
 
 def merge(llm: Mapping[str, Any], lora: Mapping[str, Any], config: LoRAConfig) -> dict[str, Any]:
