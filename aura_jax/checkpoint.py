@@ -137,7 +137,14 @@ def abstract_like(tree: Any) -> Any:
 
 
 def load_for_inference(workdir: Path, which: str = "best", overrides: Sequence[str] = ()) -> tuple[system.System, dict]:
-    """Returns the system of a workdir and its variables `params` and `lora`, without teacher and heads.
+    """Returns the system of a workdir and its variables `params` and `lora`: `load` without the heads."""
+    built, variables = load(workdir, which, overrides)
+    # After a merged stage there are no adapters.
+    return built, {name: variables[name] for name in ("params", "lora") if name in variables}
+
+
+def load(workdir: Path, which: str = "best", overrides: Sequence[str] = ()) -> tuple[system.System, dict]:
+    """Returns the system of a workdir and its variables, without the teacher.
 
     Args:
       which: "best" by periodic evaluation (the latest if there was none), or "latest".
@@ -160,9 +167,7 @@ def load_for_inference(workdir: Path, which: str = "best", overrides: Sequence[s
     wanted = {path: jax.ShapeDtypeStruct(s.shape, meta["own"][path]) for path, s in shapes.items()}
     own = _restore(manager, step, "own", _placed(wanted, mesh))
     manager.close()
-    variables = sharding.join(own, {"params": {"llm": llm}})
-    # After a merged stage there are no adapters.
-    return built, {name: variables[name] for name in ("params", "lora") if name in variables}
+    return built, sharding.join(own, {"params": {"llm": llm}})
 
 
 def inference_step(workdir: Path, which: str = "best") -> int:
@@ -170,6 +175,18 @@ def inference_step(workdir: Path, which: str = "best") -> int:
     manager, step = _for_inference(workdir, which)
     manager.close()
     return step
+
+
+def newest_step(workdir: Path) -> tuple[int, float]:
+    """Returns the step of a run's newest checkpoint, and the seconds of training that led to it.
+
+    Raises:
+      UserError: there is none.
+    """
+    manager, step = _for_inference(workdir, "latest")
+    seconds = _meta(manager, step)["seconds"]
+    manager.close()
+    return step, seconds
 
 
 def _for_inference(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:

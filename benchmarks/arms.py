@@ -1,13 +1,14 @@
 """Runs of `aura-jax quickstart` with keys changed, one process each, and their scores as results to commit."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from aura_jax import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,17 +31,9 @@ def write(name: str, what: str, results: dict[str, Any]) -> None:
     """Writes results/NAME.json: what was measured, on which machine, and `results`."""
     path = RESULTS / f"{name}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"what": what, "machine": machine(), **results}, indent=1) + "\n")
+    partial.write_text(json.dumps({"what": what, "machine": machine.describe(), **results}, indent=1) + "\n")
     partial.replace(path)
     print(f"wrote {path}")
-
-
-def machine() -> str:
-    """Returns the processor's name, the cores that this process may use, and the memory."""
-    info = Path("/proc/cpuinfo").read_text()
-    model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "?")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
 
 
 def spread(values: Iterable[float], scale: float = 1.0, digits: int = 1) -> str:

@@ -39,7 +39,7 @@ def get_config():
     c.train.schedule = ("distil", "joint")
     c.train.stages.distil = stage(600, 1e-3, {"distill": 1.0}, clip_norm=5.0)
     c.train.stages.joint = stage(500, 1e-3, {"lm": 1.0, "distill": 1.0, "text_anchor": 10.0})
-    c.train.update(log_every=10, checkpoint_every=100)
+    c.train.update(log_every=10, checkpoint_every=100, profile_start=900, profile_steps=3)
 
     c.eval.sets = {
         "new voices": "sample_data/commands/test_new_voices.jsonl",

@@ -14,6 +14,6 @@ def get_config():
     c.data.update(batch_size=4, text_rows=2, text_length=32)
     c.train.stages.distil = stage(6, 1e-3, {"distill": 1.0, "text_anchor": 1.0})
     c.train.stages.joint = stage(6, 1e-3, {"lm": 1.0, "distill": 1.0, "text_anchor": 1.0})
-    c.train.update(log_every=1, checkpoint_every=4, eval_every=6, eval_rows=4)
+    c.train.update(log_every=1, checkpoint_every=4, eval_every=6, eval_rows=4, profile_start=8)
     c.eval.update(max_new_tokens=8, batch_size=16)
     return c

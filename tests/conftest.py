@@ -81,6 +81,6 @@ def tiny_workdir(tiny_loaded, tmp_path_factory) -> Path:
     own = {p: x for p, x in sharding.flatten(variables).items() if not p.startswith("params/llm/")}
     checkpoints = checkpoint.Checkpoints(workdir, c)
     fingerprint = checkpoint.fingerprint(variables["params"]["llm"])
-    checkpoints.save(1, own, {"step": jax.numpy.int32(1)}, {"llm_fingerprint": fingerprint})
+    checkpoints.save(1, own, {"step": jax.numpy.int32(1)}, {"llm_fingerprint": fingerprint, "seconds": 1.5})
     checkpoints.close()
     return workdir

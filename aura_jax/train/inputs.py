@@ -1,7 +1,7 @@
 """From a configuration to batches: which rows train, which are held out, and the batches of each stage."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import jax
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from aura_jax import sharding
 from aura_jax.audio.features import SAMPLE_RATE
+from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.data.manifest import ROUNDING, Row, clip_samples, load_manifest
 from aura_jax.data.pipeline import make_dataset
@@ -68,10 +69,7 @@ class Inputs:
     def _source(self, manifest: str) -> Source:
         """Reads a manifest and takes out the rows that are held out or of unwanted length."""
         c = self._built.config.data
-        held_out, rows = [], []
-        for row in load_manifest(manifest):
-            out = c.validation_values and row.extra.get(c.validation_key) in c.validation_values
-            (held_out if out else rows).append(row)
+        rows, held_out = split_held_out(load_manifest(manifest), c)
         self.validation_rows += held_out
         shortest, longest = (round(seconds * SAMPLE_RATE) for seconds in (c.min_seconds, c.max_seconds))
         kept, samples = [], []
@@ -200,6 +198,15 @@ class Inputs:
                 f"{self._workdir / 'quarantine.jsonl'} says why"
             )
         return states_nxPxE
+
+
+def split_held_out(rows: Sequence[Row], data: Config) -> tuple[list[Row], list[Row]]:
+    """Returns the rows that train, and those that `data.validation_values` holds out."""
+    kept, held_out = [], []
+    for row in rows:
+        out = data.validation_values and row.extra.get(data.validation_key) in data.validation_values
+        (held_out if out else kept).append(row)
+    return kept, held_out
 
 
 def _audio_only(source: Source) -> Source:

@@ -1,7 +1,9 @@
-"""What a run tells: a live progress line, metrics.jsonl, TensorBoard. On the first host only."""
+"""What a run tells: a live progress line, metrics.jsonl, TensorBoard, commands.jsonl. On the first host only."""
 
+import datetime
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from aura_jax import machine
 
 
 class Log:
@@ -35,6 +39,19 @@ class Log:
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             colour=None if os.environ.get("NO_COLOR") else "green",
         )
+
+    def command(self, first_step: int) -> None:
+        """Appends the command that runs, and what it runs on, to commands.jsonl."""
+        if not self._on:
+            return
+        line = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "first_step": first_step,
+            "environment": machine.environment(),
+        }
+        with (self._path.parent / "commands.jsonl").open("a") as out:
+            out.write(json.dumps(line) + "\n")
 
     def stage(self, name: str) -> None:
         if self._on:

@@ -4,10 +4,12 @@ Where a run starts: a workdir without checkpoints starts at step 0; otherwise at
 batch i of the plan, so the step count is the position in the data.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aura_jax import checkpoint, sharding, system
+from aura_jax import checkpoint, machine, sharding, system
 from aura_jax import config as config_lib
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.config import Config
@@ -27,10 +29,13 @@ from aura_jax.train import step as step_lib
 from aura_jax.train.evaluator import Evaluator
 from aura_jax.train.inputs import Inputs
 from aura_jax.train.log import Log
+from aura_jax.train.profile import Profile
 from aura_jax.train.signals import Signals
 from aura_jax.train.workdir import claim
 
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
+
+_A_WAIT = 0.01  # of a step's time: below it, the batch was ready
 
 _TOKENS_PER_DIRECTION = 8  # of text, for a fair estimate of how much it uses each direction of a linear's input
 
@@ -61,6 +66,17 @@ def train(config: Config, workdir: Path) -> Result:
     mesh = checkpoint.system_mesh(config)
     with jax.set_mesh(mesh), Signals() as signals:
         return _Run(config, workdir, mesh, signals).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """A step that was dispatched: its number, what it returns, its batch, its seconds, those it waited for data."""
+
+    step: int
+    out: dict[str, jax.Array]
+    batch: Batch
+    seconds: float
+    waited: float
 
 
 class _Run:
@@ -97,6 +113,8 @@ class _Run:
         self.checkpoints = checkpoint.Checkpoints(workdir, config)
         self.evaluator = Evaluator(self.inputs.validation_rows, workdir)
         self.constants = step_lib.Constants()
+        self._waits: list[bool] = []  # of the steps since the last record: did they wait for data
+        self._spent: defaultdict[str, float] = defaultdict(float)  # seconds of this call, by what they went into
 
     def run(self) -> Result:
         newest = self.checkpoints.newest()
@@ -114,7 +132,11 @@ class _Run:
                 log.say(line)
             self._prepare_teacher(log)
             self._find_null_space(log)
-            return self._run_stages(start, newest, log)
+            log.command(start)
+            self._spent["preparing"] = time.perf_counter() - self._started
+            result = self._run_stages(start, newest, log)
+            log.record(result.step, {f"seconds/{what}": seconds for what, seconds in self._spent.items()})
+            return result
         finally:
             self.checkpoints.close()
             log.close()
@@ -237,39 +259,39 @@ class _Run:
         run_step = step_lib.jit_step(self.built, stage, first, rates, self.mesh)
         active = step_lib.active_objectives(stage)
         batches = self.inputs.batches(active, start)
-        profile = range(c.profile_start, c.profile_start + c.profile_steps)
-        profiling = False
+        profile = Profile(self.workdir, c.profile_start, c.profile_steps)
         on_cpu = jax.default_backend() == "cpu"
-        pending: tuple[int, Any, Batch, float] | None = None
+        pending: _Taken | None = None
         metrics: dict[str, float] = {}
         clock = time.perf_counter()
         try:
             for step in range(start, end):
-                if step in profile and not profiling:
-                    jax.profiler.start_trace(str(self.workdir / "profile"))
-                    profiling = True
+                waited = time.perf_counter()
                 batch = next(batches)
-                state, out = run_step(state, self.variables, self.constants, self.inputs.to_mesh(batch, self.mesh))
+                waited = time.perf_counter() - waited
+                arguments = (state, self.variables, self.constants, self.inputs.to_mesh(batch, self.mesh))
+                profile.before(step, lambda a=arguments: run_step.lower(*a).compile().as_text())
+                state, out = run_step(*arguments)
                 if on_cpu:
                     # With several CPU devices, jax deadlocks when many steps are in flight.
                     jax.block_until_ready(out)
-                if profiling and step + 1 not in profile:
-                    jax.block_until_ready(out)
-                    jax.profiler.stop_trace()
-                    profiling = False
+                profile.after(step, out)
                 now = time.perf_counter()
                 seconds, clock = now - clock, now
+                self._spent["steps"] += seconds
                 # Step N is dispatched before the metrics of step N - 1 are read: the device never waits for us.
                 if pending is not None:
-                    metrics = self._report(active, *pending, log)
-                pending = (step + 1, out, batch, seconds)
+                    metrics = self._report(active, pending, log)
+                # The first batch of a stage is read while nothing else can be done.
+                pending = _Taken(step + 1, out, batch, seconds, waited if step > start else 0.0)
                 last = step + 1 == end
                 stop = self.signals.received and not last
                 if last or stop or (step + 1) % c.checkpoint_every == 0 or _due(c.eval_every, step + 1):
-                    metrics = self._report(active, *pending, log)
+                    metrics = self._report(active, pending, log)
                     pending = None
                     if last or stop or (step + 1) % c.checkpoint_every == 0:
-                        self._save(step + 1, state)
+                        with self._timed("checkpoints"):
+                            self._save(step + 1, state)
                     if not stop and _due(c.eval_every, step + 1):
                         self._evaluate(step + 1, state, log)
                     clock = time.perf_counter()
@@ -278,30 +300,25 @@ class _Run:
                     return state, metrics, True
         finally:
             batches.close()
-            if profiling:  # the stage or the run ended first
-                jax.profiler.stop_trace()
+            profile.close()
         return state, metrics, False
 
-    def _report(
-        self,
-        active: frozenset[str],
-        step: int,
-        out: dict[str, jax.Array],
-        batch: Batch,
-        seconds: float,
-        log: Log,
-    ) -> dict[str, float]:
-        values = {name: float(x) for name, x in jax.device_get(out).items()}
+    def _report(self, active: frozenset[str], taken: "_Taken", log: Log) -> dict[str, float]:
+        step, batch, seconds = taken.step, taken.batch, taken.seconds
+        values = {name: float(x) for name, x in jax.device_get(taken.out).items()}
         skipped = int(values.pop("skipped_in_a_row"))
         values |= {
             "step_seconds": seconds,
             "tokens_per_second": int((batch.segment_BxT != 0).sum()) * jax.process_count() / seconds,
             "audio_seconds_per_second": int(batch.n_samples_BxK.sum()) / SAMPLE_RATE * jax.process_count() / seconds,
+            "peak_memory_gib": machine.peak_memory_gib(),
             "skipped": skipped,
         }
         log.progress(step, values)
+        self._waits.append(taken.waited / seconds > _A_WAIT)
         if step % self.config.train.log_every == 0 or step == 1 or skipped:
-            log.record(step, values)
+            log.record(step, values | {"steps_since_record": len(self._waits), "steps_that_waited": sum(self._waits)})
+            self._waits.clear()
         if skipped:
             rows = self.inputs.row_names(active, step - 1)
             with (self.workdir / "nonfinite.jsonl").open("a") as file:
@@ -313,6 +330,12 @@ class _Run:
                 )
         return values
 
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._spent[what] += time.perf_counter() - start
+
     def _save(self, step: int, state: step_lib.State) -> None:
         meta = {**self.meta, "seconds": self._seconds()}
         self.checkpoints.save(step, self._own(state), dataclasses.replace(state, trained={}), meta)
@@ -320,7 +343,8 @@ class _Run:
     def _evaluate(self, step: int, state: step_lib.State, log: Log) -> None:
         variables = sharding.join(state.trained, self.variables)
         student = {name: variables[name] for name in ("params", "lora") if name in variables}
-        scores = self.evaluator(self.built, student, step)
+        with self._timed("validation"):
+            scores = self.evaluator(self.built, student, step)
         if scores is None:
             return
         log.record(step, {f"validation/{name}": value for name, value in scores.items()})

@@ -109,6 +109,7 @@ def distill_tap(system: System) -> Tap:
         heads, target_PxBxQxE, mask_BxQ = args
         pair = jnp.asarray(pair_of_block)[block]
 
+        @jax.named_scope("heads")
         def compare() -> losses.SumCount:
             head = pair if c.head == "own" else 0
             normed_BxQxD = norm.apply({"params": {"scale": heads["scale"][head]}}, h_BxQxD.astype(jnp.float32))
@@ -149,7 +150,8 @@ def sums(
     if active & SPEECH:
         out, blocks = _speech_sums(system, variables, student, batch, active, keys_BxK, statistics)
     if active & TEXT:
-        out |= _text_sums(system, student, batch, active)
+        with jax.named_scope("plain_text"):
+            out |= _text_sums(system, student, batch, active)
     return out, blocks
 
 
@@ -157,9 +159,11 @@ def _speech_sums(system, variables, student, batch, active, keys_BxK, statistics
     model, tap_args = system.model, None
     if "distill" in active:
         model = model.clone(tap=distill_tap(system))
-        target_PxBxQxE = _targets(system, variables, batch, statistics)
+        with jax.named_scope("teacher"):
+            target_PxBxQxE = _targets(system, variables, batch, statistics)
         tap_args = (variables["heads"], target_PxBxQxE, audio_mask(system, batch).reshape(len(batch.tokens_BxT), -1))
-    mel_BxKxFxM, n_frames_BxK = student_mel(system, batch, keys_BxK)
+    with jax.named_scope("features"):
+        mel_BxKxFxM, n_frames_BxK = student_mel(system, batch, keys_BxK)
     cols = Columns.of(batch)
     x_BxTxD = model.apply(student, cols, mel_BxKxFxM, n_frames_BxK, method="embed")
     ctx = model.context(cols)
@@ -175,7 +179,8 @@ def _speech_sums(system, variables, student, batch, active, keys_BxK, statistics
         h_BxRxD = jnp.take_along_axis(h_BxTxD, batch.target_position_BxR[..., None], axis=1)
         logits = lambda h: model.apply(student, h, method="logits")
         chunk = system.config.train.loss_chunk
-        out["lm"], _ = losses.cross_entropy(logits, h_BxRxD, batch.target_id_BxR, batch.target_weight_BxR, chunk)
+        with jax.named_scope("lm_head"):
+            out["lm"], _ = losses.cross_entropy(logits, h_BxRxD, batch.target_id_BxR, batch.target_weight_BxR, chunk)
     return out, blocks
 
 

@@ -118,19 +118,8 @@ def step_function(
 
     gradient = jax.grad(loss, has_aux=True)
 
-    def step(state, frozen, constants, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        keys_BxK = objectives.clip_keys(key, batch)
-        counts = objectives.counts(system, batch, active)
-        of = lambda micro, keys: gradient(state.trained, frozen, constants.statistics, micro, keys, counts)
-        if config.train.accumulate == 1:
-            grads, (sums, blocks) = of(batch, keys_BxK)
-        else:
-            micros = _micro(batch, keys_BxK, config.train.accumulate)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of, *jax.tree.map(lambda x: x[0], micros)))
-            add = lambda total, xs: (jax.tree.map(jnp.add, total, of(*xs)), None)
-            (grads, (sums, blocks)), _ = jax.lax.scan(add, zeros, micros)
-
+    @jax.named_scope("optimizer")
+    def update(state, grads, constants):
         grads = null_space.confine(grads, constants.null_space)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
@@ -144,12 +133,28 @@ def step_function(
         rate = schedule(state.step - first_step)
         trained = {path: x - rate * rates[path] * updates[path] for path, x in state.trained.items()}
         keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, finite), new, old)
-        state = State(
+        new = State(
             step=state.step + 1,
             trained=keep(trained, state.trained),
             moments=keep(moments, state.moments),
             skipped=jnp.where(finite, 0, state.skipped + 1),
         )
+        return new, norm, rate
+
+    def step(state, frozen, constants, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        keys_BxK = objectives.clip_keys(key, batch)
+        counts = objectives.counts(system, batch, active)
+        of = lambda micro, keys: gradient(state.trained, frozen, constants.statistics, micro, keys, counts)
+        if config.train.accumulate == 1:
+            grads, (sums, blocks) = of(batch, keys_BxK)
+        else:
+            micros = _micro(batch, keys_BxK, config.train.accumulate)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of, *jax.tree.map(lambda x: x[0], micros)))
+            add = lambda total, xs: (jax.tree.map(jnp.add, total, of(*xs)), None)
+            (grads, (sums, blocks)), _ = jax.lax.scan(add, zeros, micros)
+
+        state, norm, rate = update(state, grads, constants)
         metrics = {f"loss/{name}": sums[name] / counts[name] for name in sums}
         metrics["loss"] = sum(weights[name] * metrics[f"loss/{name}"] for name in sums)
         for student, _ in system.pairs if blocks else ():

@@ -84,12 +84,23 @@ def test_a_resume_across_a_change_of_what_is_trained(make_config, tmp_path, cut)
 def test_metrics_have_the_promised_keys(two_stages, tmp_path):
     two_stages.train.steps = 6
     loop.train(two_stages, tmp_path / "run")
-    first, last = lines(tmp_path / "run")[0], lines(tmp_path / "run")[-1]
+    first, *_, last, spent = lines(tmp_path / "run")
     shared = {"step", "loss", "loss/distill", "loss/distill/block_00", "grad_norm", "learning_rate", "skipped"}
     shared |= {"step_seconds", "tokens_per_second", "audio_seconds_per_second"}
+    shared |= {"peak_memory_gib", "steps_since_record", "steps_that_waited"}
     assert shared | {"loss/text_anchor"} <= set(first) and "loss/lm" not in first
     assert shared | {"loss/lm"} <= set(last)
+    assert set(spent) == {"step", "seconds/preparing", "seconds/steps", "seconds/checkpoints"}
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_what_ran_is_noted_once_for_each_call_that_takes_steps(make_config, tmp_path):
+    c = make_config()
+    for c.train.steps in (1, 1, 3):  # the second finds all done
+        loop.train(c, tmp_path / "run")
+    commands = [json.loads(line) for line in (tmp_path / "run" / "commands.jsonl").read_text().splitlines()]
+    assert [line["first_step"] for line in commands] == [0, 1]
+    assert "pytest" in commands[0]["command"] and commands[0]["environment"]["jax"] == jax.__version__
 
 
 def test_periodic_evaluation_tracks_the_best_checkpoint(make_config, tmp_path):
@@ -217,6 +228,13 @@ def test_profiling_writes_the_chosen_steps_also_after_a_resume_inside_them(make_
     c.train.steps = 5
     loop.train(c, tmp_path / "run")
     assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 2
+    profile = json.loads((tmp_path / "run" / "profile.json").read_text())
+    assert (profile["step"], profile["steps"]) == (3, 2)
+    seconds = {part: sum(ways.values()) for part, ways in profile["seconds"].items()}
+    assert {"adapted blocks", "upper blocks", "LM head", "optimizer", "audio embedder"} <= seconds.keys()
+    assert all(value > 0 for value in seconds.values())
+    # What runs in the scans' bodies is named, not left over.
+    assert seconds["copies and the rest"] < seconds["adapted blocks"] + seconds["upper blocks"] + seconds["LM head"]
 
 
 def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_rows(make_config, tmp_path):
