@@ -14,7 +14,7 @@ from aura_jax import cli, config
 from aura_jax.convert import random_models
 
 CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'smoke.py'}"
-VERBS = ("quickstart", "train", "eval", "generate", "assets", "data", "version")
+VERBS = ("quickstart", "train", "eval", "report", "generate", "assets", "data", "bench", "version")
 
 
 def mistake(capsys, *argv: str) -> str:
@@ -161,8 +161,20 @@ def test_a_run_of_another_machine_is_loaded_with_overrides(tiny_workdir, clip, m
     evaluate = ["eval", "--workdir", str(workdir), *here]
     assert cli.main([*evaluate, f"--config.eval.sets={{'theirs': '{manifest}'}}"]) == 0
     assert "theirs" in capsys.readouterr().out
+    # The run's own evaluation stays with it.
+    scores, transcripts = (json.loads((workdir / f"{name}.json").read_text()) for name in ("scores", "transcripts"))
+    assert scores["step"] == 1 and scores["seconds"]["train"] == 1.5 and scores["sets"]["theirs"]["n"] == 2
+    assert [output["reference"] for output in transcripts["theirs"]] == ["Turn on the lights."] * 2
     for verb in (generate, evaluate):
         assert "lora.rank is part of what the run was trained with" in mistake(capsys, *verb, "--config.lora.rank=4")
+
+
+def test_bench_mistakes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "configs/quickstart.py" in mistake(capsys, "bench", "data", "--output", "x.json")
+    assert "--workdir is for bench data" in mistake(capsys, "bench", "train", "--workdir", "x", CONFIG)
+    (tmp_path / "x").mkdir()
+    assert "a folder" in mistake(capsys, "bench", "data", "--output", "x", CONFIG)
 
 
 def test_data_validate(manifest, capsys, tmp_path):

@@ -1,8 +1,9 @@
 """Decodes a whole set and scores it: one function for the command line, periodic evaluation and reports."""
 
 import dataclasses
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import AudioError, load_audio
+from aura_jax.config import Config
 from aura_jax.data.manifest import Row, clip_samples, load_manifest
 from aura_jax.errors import UserError
 from aura_jax.evaluate.score import IntentClassifier, score
@@ -120,6 +122,28 @@ def evaluate_set(
         classifier,
     )
     return Result(scores, outputs, unreadable, n_samples / SAMPLE_RATE, seconds)
+
+
+def evaluate_sets(
+    answers: Answers, sets: Mapping[str, str | Path], config: Config
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, str]]]]:
+    """Evaluates named manifests; returns the scores of each, and {set: [{"id", "reference", "hypothesis"}, ...]}.
+
+    Intents are classified by the sentences of the run's training data, as long as those can be read.
+
+    Raises:
+      UserError: as `evaluate_set`, or a manifest is missing or malformed.
+    """
+    rows = {name: load_manifest(path) for name, path in sets.items()}
+    classifier = None
+    if any("intent" in row.extra for of_set in rows.values() for row in of_set):
+        try:
+            classifier = intent_classifier(path for path, _ in config.data.train)
+        except UserError as error:  # the training data may have moved, and the rest is worth having
+            print(f"intent accuracy is left out: {error}", file=sys.stderr)
+    results = {name: evaluate_set(answers, rows[name], name=name, classifier=classifier) for name in rows}
+    scores = {name: result.scores for name, result in results.items()}
+    return scores, {name: [dataclasses.asdict(output) for output in result.outputs] for name, result in results.items()}
 
 
 def _request(row: Row) -> Request | AudioError:

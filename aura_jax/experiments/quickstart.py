@@ -1,26 +1,19 @@
 """The quickstart: train AuRA on real speech, evaluate it on held-out voices, sentences and recordings, and on text."""
 
-import dataclasses
 import json
-import os
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from aura_jax import checkpoint, system
-from aura_jax.config import Config, to_json
+from aura_jax import system
+from aura_jax.config import Config
 from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
-from aura_jax.evaluate import text
-from aura_jax.evaluate.run import evaluate_set, intent_classifier
-from aura_jax.infer.generate import Generator
+from aura_jax.evaluate import suite, text
+from aura_jax.report.run import report_run
 from aura_jax.train import loop
 
-ANSWER_TOKENS = 96  # a small LLM often reasons aloud before it answers
 COMMITTED = Path("benchmarks/results/quickstart.json")
 
 
@@ -35,24 +28,16 @@ def without_distillation(config: Config) -> Config:
 
 
 def run(config: Config, workdir: Path) -> dict[str, Any] | None:
-    """Trains (or goes on), evaluates, writes `scores.json`, and returns it; None if a signal cut training short."""
+    """Trains (or goes on), evaluates, and returns the run's scores; None if a signal cut training short."""
     result = loop.train(config, workdir)
     if result.interrupted:
         return None
-    path, settings = workdir / "scores.json", json.loads(to_json(config))["eval"]
+    path = workdir / "scores.json"
     if path.is_file():
         scores = json.loads(path.read_text())
-        if (scores.get("step"), scores.get("eval")) == (result.step, settings):
+        if (scores.get("step"), scores.get("eval")) == (result.step, suite.settings(config)):
             return scores
-    clock = time.perf_counter()
-    scores = {"step": result.step, "eval": settings, **evaluate(config, workdir)}
-    scores["seconds"] = {"train": result.seconds, "evaluate": time.perf_counter() - clock}
-    scores["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    scores["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(scores, indent=2) + "\n")
-    partial.replace(path)
-    return scores
+    return suite.score_run(workdir)[0]
 
 
 def check(config: Config) -> None:
@@ -73,35 +58,6 @@ def check(config: Config) -> None:
         text.load_heldout(heldout, system.build(config).chat)
 
 
-def evaluate(config: Config, workdir: Path) -> dict[str, Any]:
-    """Returns {"scored_step": of the weights, "sets": scores of each set, "text": what became of the LLM's text}.
-
-    "text" is there if the config names texts: {"adapters": their scope, or "merged", "loss": of `text.compare_text`,
-    "questions": of `text.ask`}.
-    """
-    built, variables = checkpoint.load_for_inference(workdir)
-    generator = Generator(built, variables)
-    classifier = intent_classifier(manifest for manifest, _ in config.data.train)
-    sets, transcripts = {}, {}
-    with jax.set_mesh(checkpoint.system_mesh(config)):
-        for name, manifest in config.eval.sets.items():
-            result = evaluate_set(generator, load_manifest(manifest), name=name, classifier=classifier)
-            sets[name] = result.scores
-            transcripts[name] = [dataclasses.asdict(output) for output in result.outputs]
-        (workdir / "transcripts.json").write_text(json.dumps(transcripts, indent=1) + "\n")
-        out: dict[str, Any] = {"scored_step": checkpoint.inference_step(workdir), "sets": sets}
-        of_text: dict[str, Any] = {}
-        if config.eval.text_heldout:
-            rows = text.load_heldout(config.eval.text_heldout, built.chat)
-            of_text["loss"] = text.compare_text(built, variables, rows)
-        if config.eval.text_questions:
-            questions = text.load_questions(config.eval.text_questions)
-            of_text["questions"] = text.ask(built, variables, questions, max_new_tokens=ANSWER_TOKENS)
-        if of_text:
-            out["text"] = {"adapters": config.lora.scope if "lora" in variables else "merged", **of_text}
-    return out
-
-
 def table(columns: dict[str, dict[str, Any]]) -> str:
     """Returns a plain table of the test sets: WER with its interval, and exact match, of each named system."""
     names = list(next(iter(columns.values()))["sets"])
@@ -115,22 +71,6 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
             rate = f"{100 * wer['value']:.1f} ({100 * wer['low']:.1f} to {100 * wer['high']:.1f})"
             cells.append(f"{rate}   {100 * exact['value']:5.1f}")
         lines.append(f"{name:26}{n:5}" + "".join(f"{cell:>34}" for cell in cells))
-    return "\n".join(lines)
-
-
-def text_lines(scores: dict[str, Any]) -> str:
-    """Returns what became of the LLM's text: a line on its loss, and one on its answers."""
-    of_text, lines = scores["text"], []
-    adapters = "merged" if of_text["adapters"] == "merged" else "on"
-    if "loss" in of_text:
-        loss = of_text["loss"]["all"]
-        line = f"text, adapters {adapters}: {loss['adapted']:.2f} nats a token, the base LLM {loss['base']:.2f}"
-        exact = "; text-only requests run without them: not a bit changes"
-        lines.append(f"{line} ({loss['rise']:+.3f}){exact if of_text['adapters'] in ('request', 'audio') else ''}")
-    if "questions" in of_text:
-        asked = of_text["questions"]
-        right = f"{asked['adapted']} of {asked['n']} right, the base LLM {asked['base']}"
-        lines.append(f"plain questions, adapters {adapters}: {right}")
     return "\n".join(lines)
 
 
@@ -156,16 +96,18 @@ def main(workdir: Path, config: Config, ablation: bool = False) -> int:
         committed = json.loads(COMMITTED.read_text())["systems"].get("without distillation")
         if committed and _size(committed[0]) == _size(scores):  # of the same experiment, as far as can be seen
             columns["no distillation (committed)"] = committed[0]
+    page = report_run(workdir)
     print()
     print(table(columns))
     print()
     if "text" in scores:
-        print(text_lines(scores))
+        print(suite.text_lines(scores))
     print(
         f"{scores['step']} steps; train {scores['seconds']['train'] / 60:.1f} min, evaluate "
         f"{scores['seconds']['evaluate'] / 60:.1f} min, peak memory {scores['peak_memory_gib']:.1f} GiB; "
         f"this command took {(time.perf_counter() - clock) / 60:.1f} min"
     )
     print(f"checkpoints, metrics.jsonl, scores.json and transcripts.json: {workdir}")
+    print(f"look at it: {page}")
     print(f'try it: {Path(sys.argv[0]).name} generate --workdir {workdir} --audio FILE, or --prompt "What is the sun?"')
     return 0

@@ -10,6 +10,7 @@ import pytest
 
 from aura_jax import config
 from aura_jax.errors import UserError
+from aura_jax.evaluate import suite
 from aura_jax.experiments import quickstart
 from aura_jax.train import loop
 
@@ -38,6 +39,8 @@ def test_smoke_trains_evaluates_reports_and_answers(tmp_path):
     assert f"{100 * scores['sets']['new voices']['wer']['value']:.1f}" in run.stdout
     assert str(workdir) in run.stdout
     assert scores["text"]["questions"]["n"] == 10
+    assert f"look at it: {workdir / 'report.html'}" in run.stdout and (workdir / "report.html").is_file()
+    assert json.loads((workdir / "report.json").read_text())["missing"] == {}
 
     answer = aura_jax("generate", "--workdir", str(workdir), "--prompt", "Hello", "--json")
     assert answer.returncode == 0, answer.stderr[-3000:]
@@ -58,6 +61,7 @@ def runs(monkeypatch, tmp_path):
     canned, used = [], []
     monkeypatch.setattr(quickstart, "check", lambda config: None)
     monkeypatch.setattr(quickstart, "run", lambda config, workdir: used.append(workdir) or canned.pop(0))
+    monkeypatch.setattr(quickstart, "report_run", lambda workdir: workdir / "report.html")
     monkeypatch.setattr(quickstart, "COMMITTED", tmp_path / "committed.json")
     return canned, used
 
@@ -89,10 +93,10 @@ def test_the_committed_column_is_of_the_same_experiment(runs, tmp_path, capsys, 
 @pytest.mark.parametrize(("adapters", "exact"), [("request", True), ("audio", True), ("all", False), ("merged", False)])
 def test_text_is_called_untouched_only_where_it_is(adapters, exact):
     loss = {"all": {"adapted": 3.2, "base": 3.1, "rise": 0.1}}
-    lines = quickstart.text_lines(scores_of(adapters=adapters, loss=loss, questions={"adapted": 8, "base": 9, "n": 10}))
+    lines = suite.text_lines(scores_of(adapters=adapters, loss=loss, questions={"adapted": 8, "base": 9, "n": 10}))
     assert ("not a bit changes" in lines) == exact
     assert "3.20 nats a token, the base LLM 3.10 (+0.100)" in lines and "8 of 10 right, the base LLM 9" in lines
-    assert "questions" not in quickstart.text_lines(scores_of(adapters=adapters, loss=loss))
+    assert "questions" not in suite.text_lines(scores_of(adapters=adapters, loss=loss))
 
 
 def test_the_run_without_distillation_is_the_same_but_for_it():
@@ -112,10 +116,17 @@ def test_the_run_without_distillation_is_the_same_but_for_it():
 def test_scores_are_taken_again_where_step_or_evaluation_changed(monkeypatch, tmp_path):
     step, evaluated = 12, []
     monkeypatch.setattr(loop, "train", lambda config, workdir: loop.Result(step, False, {}, seconds=12.5))
-    monkeypatch.setattr(quickstart, "evaluate", lambda config, workdir: evaluated.append(step) or {"sets": {}})
     c = config.default()
+
+    def score_run(workdir):
+        evaluated.append(step)
+        scores = {"step": step, "eval": suite.settings(c)}
+        (workdir / "scores.json").write_text(json.dumps(scores))
+        return scores, {}
+
+    monkeypatch.setattr(suite, "score_run", score_run)
     scores = quickstart.run(c, tmp_path)
-    assert scores is not None and scores["step"] == 12 and scores["seconds"]["train"] == 12.5
+    assert scores is not None and scores["step"] == 12
     assert quickstart.run(c, tmp_path) == scores and len(evaluated) == 1
     c.eval.max_new_tokens += 1
     quickstart.run(c, tmp_path)

@@ -1,0 +1,176 @@
+"""Verbs of runs: quickstart, train, eval, report."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aura_jax.errors import UserError
+from aura_jax.verbs.verb import (
+    CONFIG_HELP,
+    OVERRIDE_HELP,
+    Verb,
+    add_which,
+    add_workdir,
+    make_folder,
+    make_parent,
+    write_text,
+)
+
+_QUICKSTART_CONFIG = "configs/quickstart.py"
+
+
+def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser, "runs/quickstart")
+    parser.add_argument("--ablation", action="store_true", help="also train the same run without distillation")
+
+
+def _quickstart(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    from aura_jax import config
+
+    if not any(argument.startswith("--config=") for argument in config_arguments):
+        config_arguments = [f"--config={_QUICKSTART_CONFIG}", *config_arguments]
+    loaded = config.load(config_arguments)
+    make_folder(args.workdir)
+    from aura_jax.experiments import quickstart
+
+    return quickstart.main(args.workdir, loaded, ablation=args.ablation)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser)
+
+
+def _train(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    from aura_jax import config
+
+    loaded = config.load(config_arguments)
+    make_folder(args.workdir)
+    from aura_jax.train import loop
+
+    return loop.RESUME_EXIT_CODE if loop.train(loaded, args.workdir).interrupted else 0
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser)
+    parser.add_argument("--data", type=Path, metavar="MANIFEST", help="the set; named after the file")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=MANIFEST", help="a named set; repeatable")
+    parser.add_argument(
+        "--system",
+        choices=("student", "cascade"),
+        default="student",
+        help="the run's model, or its teacher's own decoder",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
+    parser.add_argument(
+        "--outputs", type=Path, metavar="OUT", help="write references and hypotheses there (JSON lines)"
+    )
+    add_which(parser)
+
+
+def _eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from aura_jax import checkpoint, config
+    from aura_jax.evaluate import run, score, suite
+
+    sets = _sets(args)
+    for path in (args.json, args.outputs):  # before an hour of decoding, not after it
+        if path is not None:
+            make_parent(path)
+    config_of_run = config.from_json(args.workdir / "config.json")
+    config_of_run = config.override(config_of_run, overrides, checkpoint.INFERENCE_KEYS)
+    if not sets and not config_of_run.eval.sets:
+        raise UserError(f"nothing to evaluate: add --data MANIFEST, or eval.sets to the config of {args.workdir}")
+    if not sets and args.system == "student":
+        of_run, transcripts = suite.score_run(args.workdir, args.which, overrides)
+        scores = of_run["sets"]
+        print(score.table(scores))
+        if "text" in of_run:
+            print(suite.text_lines(of_run))
+    else:
+        if args.system == "cascade":
+            answers = _cascade(config_of_run)
+        else:
+            from aura_jax.infer.generate import Generator
+
+            answers = Generator(*checkpoint.load_for_inference(args.workdir, args.which, overrides))
+        scores, transcripts = run.evaluate_sets(answers, sets or dict(config_of_run.eval.sets), config_of_run)
+        print(score.table(scores))
+    if args.json is not None:
+        write_text(args.json, json.dumps(scores, indent=2) + "\n")
+    if args.outputs is not None:
+        lines = [{"set": name, **output} for name, outputs in transcripts.items() for output in outputs]
+        write_text(args.outputs, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return 0
+
+
+def _sets(args: argparse.Namespace) -> dict[str, Path]:
+    sets = {args.data.stem: args.data} if args.data is not None else {}
+    for text in args.set:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--set {text!r}: write --set NAME=MANIFEST")
+        if name in sets:
+            raise UserError(f"--set {text!r}: there is another set {name!r}: give it another name")
+        sets[name] = Path(path)
+    return sets
+
+
+def _cascade(config: Any) -> Any:
+    from aura_jax import assets
+    from aura_jax.infer.cascade import Cascade
+
+    if not config.model.teacher:
+        raise UserError("--system cascade needs model.teacher in the run's config: it names no Whisper")
+    return Cascade(assets.resolve(config.model.teacher), batch_size=config.eval.batch_size)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write it there (default: into the workdir)")
+
+
+def _report(args: argparse.Namespace, _: Sequence[str]) -> int:
+    if args.output is not None:
+        make_folder(args.output, "--output")
+    from aura_jax.report.run import report_run
+
+    print(report_run(args.workdir, args.output))
+    return 0
+
+
+VERBS = {
+    "quickstart": Verb(
+        "the main result on real speech: fetch, train, evaluate, report",
+        "Fetches the models, trains, evaluates on the sample data and prints one table. Run it from the root of\n"
+        "the repository. --config replaces configs/quickstart.py: configs/smoke.py does everything on random\n"
+        "tiny models. The same command resumes.\n\n" + CONFIG_HELP,
+        _quickstart_arguments,
+        _quickstart,
+        takes_config=True,
+    ),
+    "train": Verb(
+        "train, or go on training, in a workdir",
+        "Trains. The same command resumes a run that was stopped: SIGINT and SIGTERM save first, and the exit\n"
+        "code is then 75.\n\n" + CONFIG_HELP,
+        _train_arguments,
+        _train,
+        takes_config=True,
+    ),
+    "eval": Verb(
+        "word error rate, exact match and intent accuracy on manifests",
+        "Decodes whole sets and prints a table with 95% intervals. Without --data and --set: the run's own\n"
+        "evaluation, which is eval.sets of its config and its texts, kept in the workdir as scores.json and\n"
+        "transcripts.json. Intent accuracy appears where rows have an 'intent'.\n\n" + OVERRIDE_HELP,
+        _eval_arguments,
+        _eval,
+        takes_config=True,
+    ),
+    "report": Verb(
+        "one page to look at: curves, similarity, scores, examples, times",
+        "Writes report.html, which needs nothing else and asks nobody, its figures as PNG, and its numbers as\n"
+        "report.json. A run that goes on or was cut short is reported as far as it got.",
+        _report_arguments,
+        _report,
+    ),
+}
