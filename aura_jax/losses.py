@@ -65,6 +65,8 @@ def _over_chunks(chunk_sum: Callable[..., jax.Array], arrays: tuple[jax.Array, .
     """
     n_rows, n = arrays[0].shape[:2]
     n_chunks = -(-n // max(1, chunk // n_rows))
+    if n_chunks == 1:
+        return chunk_sum(*arrays)  # its logits may as well be kept for the backward pass
     size = -(-n // n_chunks)
 
     def cut(x: jax.Array) -> jax.Array:

@@ -1,11 +1,13 @@
-"""What a distil-only step costs beside the full one, on the quickstart's batches: `python benchmarks/step_cost.py`.
+"""What a distil-only step costs beside the full one, and where their time goes: `python benchmarks/step_cost.py`.
 
-Writes results/step_cost.json: both steps in turn on batches of the same bucket, so that a noisy machine slows both; and
-the share of the full step's multiplications that the adapted blocks make. In float32, where every product costs alike,
-the ratio of times should not exceed it. The quickstart rounds the operands of products with frozen weights to bfloat16,
-which makes the full step cheaper by more: LoRA, in the adapted blocks, stays in float32.
+Writes results/step_cost.json: steps in turn on the quickstart's batches of one bucket, so that a noisy machine slows
+all; how long each part of them kept the cores busy; the operations that each part must do; and what rematerialisation
+costs and saves. In float32, where every product costs alike, the ratio of times should not exceed that of operations.
+The quickstart rounds the operands of products with frozen weights to bfloat16, which makes the full step cheaper by
+more: LoRA stays in float32.
 """
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -17,69 +19,125 @@ import jax
 
 from aura_jax import checkpoint, config, sharding, system
 from aura_jax.data.batch import Batch
+from aura_jax.experiments.bench import flops
+from aura_jax.models.llm import REMAT
+from aura_jax.train import profile
 from aura_jax.train import step as step_lib
 from aura_jax.train.inputs import Inputs
 
-ROUNDS = 20
-OBJECTIVES = {"distil": {"distill": 1.0}, "full": {"lm": 1.0, "distill": 1.0}}
+ROUNDS, TRACED = 20, 4
+OBJECTIVES = {"distil": {"distill": 1.0}, "full": {"lm": 1.0, "distill": 1.0, "text_anchor": 10.0}}
+
+
+@dataclasses.dataclass
+class Run:
+    """A step and all it takes; `seconds` are those of the rounds."""
+
+    built: system.System
+    step: Any
+    frozen: dict
+    state: step_lib.State
+    batch: Batch
+    active: frozenset[str]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.state, self.frozen, step_lib.Constants(), self.batch
+
+    def take(self) -> None:
+        self.state, _ = jax.block_until_ready(self.step(*self.arguments))
 
 
 def main() -> None:
-    results = {dtype: measure(dtype) for dtype in ("float32", "bfloat16")}
-    about = {"command": "python benchmarks/step_cost.py", "rounds": ROUNDS, "matmul_dtype": results}
-    arms.write("step_cost", "Seconds of a distil-only step and of a full step, in turn", about)
-    for dtype, result in results.items():
-        share = result["adapted_blocks_share_of_multiplications"]
-        print(f"{dtype}: distil-only / full {result['ratio']['median']:.2f}; the adapted blocks' share {share:.2f}")
+    dtypes = {dtype: measure(dtype) for dtype in ("float32", "bfloat16")}
+    results = {"rounds": ROUNDS, "matmul_dtype": dtypes, "remat": rematerialisation()}
+    about = "Seconds of a distil-only step and of a full step, in turn, of their parts, and of rematerialisation"
+    arms.write("step_cost", about, {"command": "python benchmarks/step_cost.py", **results})
+    for dtype, result in dtypes.items():
+        print(f"{dtype}: distil-only / full {result['ratio']['median']:.2f}; of operations {result['operations']:.2f}")
 
 
 def measure(matmul_dtype: str) -> dict[str, Any]:
-    """Returns the times of both steps, their ratio, and the adapted blocks' share."""
-    c = config.load(["--config=configs/quickstart.py", f"--config.model.matmul_dtype={matmul_dtype}"])
-    c.distill.target_norm, c.data.speeds, c.data.buckets = "none", (1.0,), (max(c.data.buckets),)
-    mesh, built = checkpoint.system_mesh(c), system.build(c)
-    with tempfile.TemporaryDirectory() as workdir, jax.set_mesh(mesh):
-        inputs, variables = Inputs(built, Path(workdir)), system.initial_variables(built, mesh)
-        inputs.precompute_teacher(variables["teacher"], checkpoint.fingerprint(variables["teacher"]))
-        paths = sharding.flatten({k: v for k, v in variables.items() if k != "teacher"})
-        rates = sharding.learning_rates(paths, c.trainable)
-        trained, frozen = sharding.split(variables, rates)
-        runs: dict[str, Any] = {}
-        for name, objectives in OBJECTIVES.items():
-            stage = config.stage(100, 1e-3, objectives)
-            batch = inputs.to_mesh(next(inputs.batches(frozenset(objectives), 0)), mesh)
-            state = step_lib.new_state(c, trained, 0, mesh)
-            runs[name] = [step_lib.jit_step(built, stage, 0, rates, mesh), state, batch, []]
-        for i in range(ROUNDS + 1):
-            for run in runs.values():
-                start = time.perf_counter()
-                run[1], _ = jax.block_until_ready(run[0](run[1], frozen, step_lib.Constants(), run[2]))
-                if i:  # the first compiles
-                    run[3].append(time.perf_counter() - start)
-    distil, full = runs["distil"][3], runs["full"][3]
-    ratios = sorted(a / b for a, b in zip(distil, full, strict=True))
+    """Returns the times of both steps, their ratio, and what each is made of."""
+    runs = prepare({name: (objectives, {"matmul_dtype": matmul_dtype}) for name, objectives in OBJECTIVES.items()})
+    take_turns(runs)
+    steps = {name: describe(run) for name, run in runs.items()}
+    operations = steps["distil"]["operations_total"] / steps["full"]["operations_total"]
+    return {"steps": steps, "ratio": ratio(runs["distil"], runs["full"]), "operations": operations}
+
+
+def rematerialisation() -> dict[str, Any]:
+    """Returns of each `model.remat` what a full step in float32 takes, and its time over that of "none"."""
+    runs = prepare({remat: (OBJECTIVES["full"], {"remat": remat, "matmul_dtype": "float32"}) for remat in REMAT})
+    take_turns(runs)
+    out = {}
+    for remat, run in runs.items():
+        temporary = run.step.lower(*run.arguments).compile().memory_analysis().temp_size_in_bytes
+        out[remat] = {
+            "median_seconds": statistics.median(run.seconds),
+            "over_none": ratio(run, runs["none"]),
+            "temporary_bytes": temporary,
+        }
+    return out
+
+
+def prepare(steps: dict[str, tuple[dict[str, float], dict[str, str]]]) -> dict[str, Run]:
+    """Returns a run of each {name: (objectives, changed keys of `model`)}, on the first batch of the longest bucket."""
+    runs = {}
+    for name, (objectives, changes) in steps.items():
+        c = config.load(["--config=configs/quickstart.py"])
+        c.model.update(changes)
+        c.distill.target_norm, c.data.speeds, c.data.buckets = "none", (1.0,), (max(c.data.buckets),)
+        mesh, built = checkpoint.system_mesh(c), system.build(c)
+        with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+            inputs, variables = Inputs(built, Path(folder)), system.initial_variables(built, mesh)
+            teacher = variables.pop("teacher")
+            inputs.precompute_teacher(teacher, checkpoint.fingerprint(teacher))
+            rates = sharding.learning_rates(sharding.flatten(variables), c.trainable)
+            trained, frozen = sharding.split(variables, rates)
+            stage, active = config.stage(100, 1e-3, objectives), frozenset(objectives)
+            step = step_lib.jit_step(built, stage, 0, rates, mesh)
+            batch = inputs.to_mesh(next(inputs.batches(active, 0)), mesh)
+            runs[name] = Run(built, step, frozen, step_lib.new_state(c, trained, 0, mesh), batch, active)
+    return runs
+
+
+def take_turns(runs: dict[str, Run]) -> None:
+    for i in range(ROUNDS + 1):
+        for run in runs.values():
+            start = time.perf_counter()
+            run.take()
+            if i:  # the first compiles
+                run.seconds.append(time.perf_counter() - start)
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Returns a step's time, memory, and parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(TRACED):
+                run.take()
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        compiled = run.step.lower(*run.arguments).compile()
+        busy = profile.breakdown(trace, compiled.as_text())["seconds"]
+    model, teacher, sizes = run.built.model.config, run.built.teacher_config, flops.Sizes.of(run.batch)
+    parts = flops.step(model, teacher, run.built.pairs, sizes, run.active)
+    memory = compiled.memory_analysis()
     return {
-        "batch": {name: list(run[2].tokens_BxT.shape) for name, run in runs.items()},
-        "median_seconds": {name: statistics.median(run[3]) for name, run in runs.items()},
-        "ratio": {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]},
-        "adapted_blocks_share_of_multiplications": adapted_share(built, trained, runs["full"][2]),
+        "batch": list(run.batch.tokens_BxT.shape),
+        "median_seconds": statistics.median(run.seconds),
+        "busy_seconds": busy,
+        "operations": {part: dataclasses.asdict(cost) for part, cost in parts.items()},
+        "operations_total": flops.total(parts).total,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
     }
 
 
-def adapted_share(built: system.System, trained: dict[str, jax.Array], full: Batch) -> float:
-    """Returns the share of multiplications by frozen kernels and LoRA, forward and backward, that adapted blocks make.
-
-    A frozen kernel costs a product forward and one backward, a trained matrix one forward and two backward; the head is
-    computed once more in the backward pass, at the targets alone.
-    """
-    c = built.model.config.llm
-    block = c.width * c.head_width * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.width * c.mlp_width
-    lora = sum(x.size for path, x in trained.items() if path.startswith("lora/"))
-    n_adapted = built.model.config.lora.n_blocks
-    tokens, targets = full.tokens_BxT.size, full.target_id_BxR.size
-    adapted = tokens * (2 * n_adapted * block + 3 * lora)
-    rest = tokens * 2 * (c.n_blocks - n_adapted) * block + targets * 3 * c.width * c.vocab
-    return adapted / (adapted + rest)
+def ratio(one: Run, other: Run) -> dict[str, float]:
+    ratios = sorted(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
+    return {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Writes the tables of README and benchmarks/README.md from results/: `python benchmarks/tables.py`."""
+"""Writes the tables of README, benchmarks/README.md and docs from results/: `python benchmarks/tables.py`."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arms import RESULTS, spread
 
-BEGIN, END = "<!-- table: python benchmarks/tables.py -->\n", "<!-- end of table -->"
+ROOT = Path(__file__).parents[1]
+PAGES = tuple(ROOT / page for page in ("README.md", "benchmarks/README.md", "docs/performance.md"))
+_PLACE = re.compile(r"(<!-- table (\w+): python benchmarks/tables.py -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def _row(cells: list[str]) -> str:
@@ -58,17 +61,127 @@ def forgetting(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {Path(__file__).parents[1] / "README.md": quickstart, Path(__file__).parent / "README.md": forgetting}
+def _times(value: dict[str, float]) -> str:
+    return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
-def with_table(page: Path) -> str:
-    """Returns the page with the table of the committed results between its markers."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    of = PAGES[page]
-    return before + BEGIN + "\n" + of(json.loads((RESULTS / f"{of.__name__}.json").read_text())) + "\n" + END + after
+def train(results: dict[str, Any]) -> str:
+    """Returns the table of results/train.json: a row an arm, on the quickstart's batches."""
+    arms = results["base"]["arms"]
+    stages = list(next(iter(arms.values()))["stages"])
+    head = ["arm"]
+    for stage in stages:
+        head += [f"{stage}: s a step", "tokens/s", "share of the matmul peak"]
+    lines = _head([*head, "seconds to the first step", "peak GiB in steps", "quickstart's schedule, min"])
+    for name, arm in arms.items():
+        cells = [name]
+        for stage in stages:
+            of = arm["stages"][stage]
+            cells += [f"{of['seconds_per_step']:.3f}", f"{of['tokens_per_second']:.0f}"]
+            cells.append(f"{100 * of['share_of_matmul_peak']:.0f} %")
+        cells += [f"{arm['start_seconds']['total']:.1f}", f"{arm['peak_memory_bytes']['since_watch'] / 2**30:.2f}"]
+        lines.append(_row([*cells, f"{arm['schedule']['total'] / 60:.1f}"]))
+    return "\n".join(lines) + "\n"
+
+
+def ratios(results: dict[str, Any]) -> str:
+    """Returns how many times as fast ours is as each peer, and its share of each peer's memory."""
+    pairs = [(ours, peer, of) for ours, peers in results["base"]["ratios"].items() for peer, of in peers.items()]
+    stages = list(pairs[0][2]["speed"])
+    lines = _head(["", *(f"{stage}: times as fast (range)" for stage in stages), "peak memory"])
+    for ours, peer, of in pairs:
+        cells = [f"{ours} / {peer}", *(_times(of["speed"][stage]) for stage in stages), f"{of['memory']:.2f}"]
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def sweep(results: dict[str, Any]) -> str:
+    """Returns the sweep of results/train.json: a row a value of a factor."""
+    lines = _head(["factor", "value", "torch eager, s a step", "ours, s a step", "times as fast (range)", "memory"])
+    for factor, points in results["sweep"].items():
+        for point in points:
+            theirs, ours = (sorted(seconds)[len(seconds) // 2] for seconds in point["seconds"].values())
+            memory = list(point["peak_memory_bytes"].values())
+            cells = [factor, f"{point['value']:g}", f"{theirs:.2f}", f"{ours:.2f}", _times(point["speed"])]
+            lines.append(_row([*cells, f"{memory[1] / memory[0]:.2f}"]))
+    return "\n".join(lines) + "\n"
+
+
+def parts(results: dict[str, Any]) -> str:
+    """Returns where a step's time goes, of results/step_cost.json: milliseconds that a part keeps the cores busy."""
+    columns = [(dtype, name) for dtype, of in results["matmul_dtype"].items() for name in of["steps"]]
+    of = {key: results["matmul_dtype"][key[0]]["steps"][key[1]] for key in columns}
+    lines = _head(["part", *(f"{name}, {dtype}" for dtype, name in columns)])
+    names = list(dict.fromkeys(part for key in columns for part in of[key]["busy_seconds"]))
+
+    def cell(busy: dict[str, float] | None) -> str:
+        return "" if busy is None else f"{1000 * busy['forward']:.0f} + {1000 * busy['backward']:.0f}"
+
+    lines += [_row([part, *(cell(of[key]["busy_seconds"].get(part)) for key in columns)]) for part in names]
+    lines.append(_row(["**wall time of a step, ms**", *(f"{1000 * of[key]['median_seconds']:.0f}" for key in columns)]))
+    lines.append(_row(["**GFLOP a step**", *(f"{of[key]['operations_total'] / 1e9:.0f}" for key in columns)]))
+    memory = lambda name: [f"{of[key][name] / 2**20:.0f}" for key in columns]
+    lines.append(_row(["**arguments, MiB**", *memory("argument_bytes")]))
+    lines.append(_row(["**temporaries, MiB**", *memory("temporary_bytes")]))
+    return "\n".join(lines) + "\n"
+
+
+def remat(results: dict[str, Any]) -> str:
+    """Returns what `model.remat` costs and saves, of results/step_cost.json."""
+    lines = _head(["`model.remat`", "s a full step, float32", 'time over "none" (range)', "temporaries, MiB"])
+    for name, of in results["remat"].items():
+        cells = [f"`{name}`", f"{of['median_seconds']:.2f}", _times(of["over_none"])]
+        lines.append(_row([*cells, f"{of['temporary_bytes'] / 2**20:.0f}"]))
+    return "\n".join(lines) + "\n"
+
+
+def trials(results: dict[str, Any]) -> str:
+    """Returns the table of results/step_trials.json: what was tried on the float32 step, predicted and measured."""
+    lines = _head(["tried", "predicted", "measured, s a step", "kept"])
+    lines += [_row([t["what"], t["predicted"], t["measured"], t["kept"]]) for t in results["trials"]]
+    return "\n".join(lines) + "\n"
+
+
+def data(results: dict[str, Any]) -> str:
+    """Returns the table of results/data.json: a row a part, then the whole pipeline."""
+    lines = _head(["", "times real time a core (range)", "hours of audio a second and core"])
+
+    def add(name: str, rates: dict[str, Any]) -> None:
+        times, hours = rates["times_real_time_per_core"], rates["audio_hours_per_second_per_core"]
+        spread = f"{times['median']:.0f} ({times['low']:.0f} to {times['high']:.0f})"
+        lines.append(_row([name, spread, f"{hours['median']:.3f}"]))
+
+    for part in results["parts"]:
+        add(f"{part['part']}: {part['detail']}", part)
+    for whole in results["pipeline"]:
+        for name, rates in whole["passes"].items():
+            add(f"whole pipeline, {whole['cores']} cores, {whole['workers']} workers: {name}", rates)
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "quickstart": ("quickstart", quickstart),
+    "forgetting": ("forgetting", forgetting),
+    "train": ("train", train),
+    "ratios": ("train", ratios),
+    "sweep": ("train", sweep),
+    "parts": ("step_cost", parts),
+    "remat": ("step_cost", remat),
+    "trials": ("step_trials", trials),
+    "data": ("data", data),
+}
+
+
+def with_tables(page: Path) -> str:
+    """Returns the page with the tables of the committed results between their markers."""
+
+    def table(match: re.Match) -> str:
+        name, of = TABLES[match[2]]
+        return match[1] + "\n" + of(json.loads((RESULTS / f"{name}.json").read_text())) + "\n" + match[3]
+
+    return _PLACE.sub(table, page.read_text())
 
 
 if __name__ == "__main__":
     for path in PAGES:
-        path.write_text(with_table(path))
+        path.write_text(with_tables(path))

@@ -172,7 +172,10 @@ def test_a_run_of_another_machine_is_loaded_with_overrides(tiny_workdir, clip, m
 def test_bench_mistakes(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "configs/quickstart.py" in mistake(capsys, "bench", "data", "--output", "x.json")
-    assert "--workdir is for bench data" in mistake(capsys, "bench", "train", "--workdir", "x", CONFIG)
+    assert "drop --workdir and --config" in mistake(capsys, "bench", "train", "--workdir", "x")
+    assert "drop --workdir and --config" in mistake(capsys, "bench", "train", CONFIG)
+    assert "--figure is for bench train" in mistake(capsys, "bench", "data", "--figure", "x.svg", CONFIG)
+    assert "run this from the root of the repository" in mistake(capsys, "bench", "train")
     (tmp_path / "x").mkdir()
     assert "a folder" in mistake(capsys, "bench", "data", "--output", "x", CONFIG)
 

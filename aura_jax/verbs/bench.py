@@ -14,27 +14,28 @@ _RESULTS = Path("benchmarks/results")
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("train", "data"), help="the train step beside its peers, or the pipeline")
     parser.add_argument("--output", type=Path, metavar="OUT", help=f"(default {_RESULTS}/WHAT.json)")
+    parser.add_argument("--figure", type=Path, metavar="OUT", help="train: .svg or .png (default: beside the results)")
     parser.add_argument("--quick", action="store_true", help="little of everything: to see that it works")
     parser.add_argument("--workdir", type=Path, help="data: also count the steps of this run that waited for data")
 
 
 def _bench(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
-    from aura_jax import config
-
     output = args.output or _RESULTS / f"{args.what}.json"
     make_parent(output)
+    if args.what == "train":
+        if args.workdir is not None or config_arguments:
+            raise UserError("bench train measures the quickstart's own step: drop --workdir and --config")
+        from aura_jax.experiments.bench import train
+
+        return train.main(output, quick=args.quick, figure=args.figure)
+    if args.figure is not None:
+        raise UserError("--figure is for bench train: bench data draws none")
     if not any(argument.startswith("--config=") for argument in config_arguments):
         config_arguments = [f"--config={_CONFIG}", *config_arguments]
-    loaded = config.load(config_arguments)
-    if args.what == "data":
-        from aura_jax.experiments.bench import data
+    from aura_jax import config
+    from aura_jax.experiments.bench import data
 
-        return data.main(loaded, output, quick=args.quick, workdir=args.workdir)
-    if args.workdir is not None:
-        raise UserError("--workdir is for bench data: bench train measures steps of its own")
-    from aura_jax.experiments.bench import train
-
-    return train.main(loaded, output, quick=args.quick)
+    return data.main(config.load(config_arguments), output, quick=args.quick, workdir=args.workdir)
 
 
 VERBS = {
