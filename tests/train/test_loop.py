@@ -94,13 +94,15 @@ def test_metrics_have_the_promised_keys(two_stages, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_what_ran_is_noted_once_for_each_call_that_takes_steps(make_config, tmp_path):
+def test_what_ran_is_noted_once_for_each_call_that_takes_steps(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bin/aura-jax", "train", "--workdir", "a b"])
     c = make_config()
     for c.train.steps in (1, 1, 3):  # the second finds all done
         loop.train(c, tmp_path / "run")
     commands = [json.loads(line) for line in (tmp_path / "run" / "commands.jsonl").read_text().splitlines()]
     assert [line["first_step"] for line in commands] == [0, 1]
-    assert "pytest" in commands[0]["command"] and commands[0]["environment"]["jax"] == jax.__version__
+    assert commands[0]["command"] == "aura-jax train --workdir 'a b'"
+    assert commands[0]["environment"]["jax"] == jax.__version__
 
 
 def test_periodic_evaluation_tracks_the_best_checkpoint(make_config, tmp_path):
@@ -228,8 +230,14 @@ def test_profiling_writes_the_chosen_steps_also_after_a_resume_inside_them(make_
     c.train.steps = 5
     loop.train(c, tmp_path / "run")
     assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 2
+
+
+def test_a_profile_says_where_a_steps_time_goes(make_config, tmp_path):
+    c = make_config()
+    c.train.update(steps=3, profile_start=2, profile_steps=1)
+    loop.train(c, tmp_path / "run")
     profile = json.loads((tmp_path / "run" / "profile.json").read_text())
-    assert (profile["step"], profile["steps"]) == (3, 2)
+    assert (profile["step"], profile["steps"]) == (3, 1)
     seconds = {part: sum(ways.values()) for part, ways in profile["seconds"].items()}
     assert {"adapted blocks", "upper blocks", "LM head", "optimizer", "audio embedder"} <= seconds.keys()
     assert all(value > 0 for value in seconds.values())
