@@ -170,7 +170,7 @@ _ASSETS = (
     ),
     _hub("Qwen2.5-0.5B-Instruct", "Qwen", "7ae557604adf67be50417f59c2c2f167def9a775", 1000, "Apache-2.0", "bfloat16"),
     _hub("Qwen2.5-7B-Instruct", "Qwen", "a09a35458c702b33eeacc393d103063234e8bc28", 15242, "Apache-2.0", "bfloat16"),
-    _random("random-llama-tiny", "random weights, for tests (4 blocks, width 64)", random_models.build_llama),
+    _random("random-llama-tiny", "random weights, for tests (4 blocks, width 64)", random_models.build_llm),
     _random("random-whisper-tiny", "random weights, for tests (2 + 2 blocks, width 32)", random_models.build_whisper),
 )
 # fmt: on
@@ -191,6 +191,19 @@ def find(name: str) -> Asset:
     if name not in by_name:
         raise UserError(f"unknown asset {name!r}: {nearest(name, by_name)}")
     return by_name[name]
+
+
+def licence(reference: str) -> str | None:
+    """Returns the SPDX identifier of a model's licence, by what a config says; None for a model not in the table."""
+    repository = reference.removeprefix("hf://").partition("@")[0]
+    known = (asset for asset in _ASSETS if reference == asset.name or repository == asset.source)
+    return next((asset.licence for asset in known), None)
+
+
+def published_name(reference: str) -> str:
+    """Returns what transformers and PEFT know a model by: `owner/name` on the Hub; otherwise what the config says."""
+    hub = next((asset.source for asset in _ASSETS if asset.name == reference and asset.kind == "hub"), None)
+    return hub or (reference.removeprefix("hf://").partition("@")[0] if reference.startswith("hf://") else reference)
 
 
 def resolve(reference: str | Path) -> Path:

@@ -172,9 +172,15 @@ def load(workdir: Path, which: str = "best", overrides: Sequence[str] = ()) -> t
 
 def inference_step(workdir: Path, which: str = "best") -> int:
     """Returns the step whose weights `load_for_inference` loads."""
+    return inference_meta(workdir, which)[0]
+
+
+def inference_meta(workdir: Path, which: str = "best") -> tuple[int, dict]:
+    """Returns the step whose weights `load_for_inference` loads, and what its checkpoint says of the run."""
     manager, step = _for_inference(workdir, which)
+    meta = _meta(manager, step)
     manager.close()
-    return step
+    return step, meta
 
 
 def newest_step(workdir: Path) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from aura_jax import __version__, cache
 from aura_jax.errors import UserError, nearest
-from aura_jax.verbs import answers, bench, materials, runs
+from aura_jax.verbs import answers, bench, exchange, materials, runs
 from aura_jax.verbs.verb import USER_MISTAKE, Verb
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
@@ -35,6 +35,7 @@ def _version(_: argparse.Namespace, __: Sequence[str]) -> int:
 _VERBS: dict[str, Verb] = {
     **runs.VERBS,
     **answers.VERBS,
+    **exchange.VERBS,
     **materials.VERBS,
     **bench.VERBS,
     "version": Verb("show versions", "Shows the versions of aura-jax and what it runs on.", lambda _: None, _version),

@@ -18,7 +18,7 @@ from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
 from aura_jax.models.align import layer_map
 from aura_jax.models.embedder import EmbedderConfig
-from aura_jax.models.llm import Context
+from aura_jax.models.llm import Context, LLMConfig
 from aura_jax.models.lora import LoRAConfig
 from aura_jax.models.speech_llm import SpeechLLM, SpeechLLMConfig
 from aura_jax.models.whisper import WhisperConfig, WhisperEncoder
@@ -116,6 +116,11 @@ def build(config: Config) -> System:
     )
 
 
+def build_llm_config(config: Config) -> LLMConfig:
+    """Reads the shape of the LLM that a configuration names."""
+    return hf.load_llm_config(assets.resolve(config.model.llm))
+
+
 def load_tokenizer(directory: Path) -> Any:
     """Reads the tokenizer of a Hugging Face directory.
 
@@ -125,8 +130,10 @@ def load_tokenizer(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in _TOKENIZERS):
         # For a Whisper, transformers would make an empty one.
         raise UserError(f"{directory}: no tokenizer ({', '.join(_TOKENIZERS)}): copy it there, beside the weights")
+    # An export of ours: with the config of the LLM inside, or transformers would ask to run the directory's own code.
+    inside = {"config": transformers.AutoConfig.for_model(**hf.text_config(directory))} if hf.is_aura(directory) else {}
     try:
-        return transformers.AutoTokenizer.from_pretrained(directory)
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **inside)
     except Exception as error:  # of transformers, tokenizers or json, and none of them documented
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{directory}: the tokenizer cannot be read ({reason}): copy or fetch it again") from error

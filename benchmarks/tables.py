@@ -9,7 +9,7 @@ from typing import Any
 from arms import RESULTS, spread
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / page for page in ("README.md", "benchmarks/README.md", "docs/performance.md"))
+PAGES = tuple(ROOT / page for page in ("README.md", "benchmarks/README.md", "docs/performance.md", "docs/pytorch.md"))
 _PLACE = re.compile(r"(<!-- table (\w+): python benchmarks/tables.py -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -159,6 +159,23 @@ def data(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def interop(results: dict[str, Any]) -> str:
+    """Returns the table of results/interop.json: a row a model and format."""
+    cases = results["results"]
+    dtypes = [name for name in next(iter(cases.values()))["hf"] if "float" in name]
+    lines = _head(["run", "format", *(f"torch in {dtype}" for dtype in dtypes), "variables a round trip changed"])
+    for name, case in cases.items():
+        for form in ("peft", "hf", "merged"):
+            changed = case[form].get("variables that a round trip changed")
+            cells = [f"{case[form][dtype]:.1e}" for dtype in dtypes]
+            lines.append(_row([name, form, *cells, "" if changed is None else str(changed)]))
+    greedy = next(case["greedy"] for case in cases.values() if "greedy" in case)
+    n = greedy["clips"]
+    lines += ["", f"Recordings whose greedy text is the same token by token ({greedy['tokens']} tokens in all): "]
+    lines[-1] += f"{greedy['hf']} of {n} in `hf`, {greedy['peft']} of {n} in base + PEFT + embedder."
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quickstart": ("quickstart", quickstart),
     "forgetting": ("forgetting", forgetting),
@@ -169,6 +186,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "remat": ("step_cost", remat),
     "trials": ("step_trials", trials),
     "data": ("data", data),
+    "interop": ("interop", interop),
 }
 
 

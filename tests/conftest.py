@@ -21,7 +21,7 @@ def tiny_llm_dir(tmp_path_factory) -> Path:
     """A random Llama: 4 blocks, width 64, ChatML template."""
     path = tmp_path_factory.mktemp("tiny") / "llama"
     path.mkdir()
-    random_models.build_llama(path)
+    random_models.build_llm(path)
     return path
 
 
@@ -71,16 +71,23 @@ def tiny_loaded(tiny_config, random_variables) -> tuple[system.System, dict]:
 
 
 @pytest.fixture(scope="session")
-def tiny_workdir(tiny_loaded, tmp_path_factory) -> Path:
-    """A workdir as training leaves it, for reading only: the random models, adapters that do something."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    workdir.mkdir()
-    built, variables = tiny_loaded
-    c = built.config
-    (workdir / "config.json").write_text(config.to_json(c))
-    own = {p: x for p, x in sharding.flatten(variables).items() if not p.startswith("params/llm/")}
-    checkpoints = checkpoint.Checkpoints(workdir, c)
-    fingerprint = checkpoint.fingerprint(variables["params"]["llm"])
-    checkpoints.save(1, own, {"step": jax.numpy.int32(1)}, {"llm_fingerprint": fingerprint, "seconds": 1.5})
-    checkpoints.close()
-    return workdir
+def write_workdir() -> Callable[[system.System, dict, Path], Path]:
+    """Returns a function that writes a workdir as training leaves it, and returns its path."""
+
+    def write(built: system.System, variables: dict, workdir: Path) -> Path:
+        workdir.mkdir()
+        (workdir / "config.json").write_text(config.to_json(built.config))
+        own = {p: x for p, x in sharding.flatten(variables).items() if not p.startswith("params/llm/")}
+        checkpoints = checkpoint.Checkpoints(workdir, built.config)
+        fingerprint = checkpoint.fingerprint(variables["params"]["llm"])
+        checkpoints.save(1, own, {"step": jax.numpy.int32(1)}, {"llm_fingerprint": fingerprint, "seconds": 1.5})
+        checkpoints.close()
+        return workdir
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_workdir(tiny_loaded, write_workdir, tmp_path_factory) -> Path:
+    """The workdir of the random models with adapters that do something, for reading only."""
+    return write_workdir(*tiny_loaded, tmp_path_factory.mktemp("runs") / "tiny")

@@ -29,13 +29,13 @@ def load(argv: Sequence[str]) -> Config:
     return config
 
 
-def override(config: Config, arguments: Sequence[str], allowed: Sequence[str]) -> Config:
+def override(config: Config, arguments: Sequence[str], allowed: Sequence[str] | None = None) -> Config:
     """Returns the configuration of a run with `--config.a.b=value` arguments; without any, `config` itself.
 
     The values are checked where they are used: a run from before a rule of `validate` can still be read.
 
     Args:
-      allowed: keys that may change; one that ends in "." stands for all below it.
+      allowed: keys that may change; one that ends in "." stands for all below it; None: any key.
 
     Raises:
       UserError: as `load`, and for a key that is not allowed.
@@ -48,10 +48,15 @@ def override(config: Config, arguments: Sequence[str], allowed: Sequence[str]) -
         raise UserError(f"unexpected argument {argument!r}: the run has its config; override --config.KEY=VALUE")
     changed = _apply(config.copy_and_resolve_references(), arguments)
     for key in keys:
-        if not any(key.startswith(name) if name.endswith(".") else key == name for name in allowed):
+        if allowed is not None and not any(_covers(name, key) for name in allowed):
             names = ", ".join(f"{name}*" if name.endswith(".") else name for name in allowed)
             raise UserError(f"{key} is part of what the run was trained with: only {names} can be overridden here")
     return changed
+
+
+def _covers(name: str, key: str) -> bool:
+    """Whether `key` is the key `name`, or below it if that ends in "."."""
+    return key.startswith(name) if name.endswith(".") else key == name
 
 
 def _key(argument: str) -> str:
@@ -151,6 +156,11 @@ def from_json(path: Path) -> Config:
         raise UserError(f"no config at {path}: is this a workdir of aura-jax train?") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+    return from_values(values, path)
+
+
+def from_values(values: Any, path: Path) -> Config:
+    """As `from_json`, of the values themselves; `path` is where they are from, for errors."""
     as_tuples: Any = lambda v: (
         tuple(map(as_tuples, v))
         if isinstance(v, list)

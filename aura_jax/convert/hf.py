@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,13 @@ from aura_jax.sharding import flatten, unflatten
 # (path in the tree, shape) -> where its parts live.
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
 _MAX_LISTED = 8
+_MEND_CONFIG = "name a Hugging Face model directory"
+
+AURA = "aura"  # the model type of our own `hf` exports
+AURA_LLM, AURA_EMBEDDER = "language_model.", "audio_embedder."  # prefixes of their keys
 
 # Order of the stored axes in our leaf.
 _SAME: tuple[int, ...] = ()
@@ -97,7 +101,8 @@ _DECODER_BLOCK = {
 
 # Keys that may be in a file and carry nothing that the model lacks.
 _IGNORED_ALWAYS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # recomputed from the config
-_IGNORED_TIED = (r"lm_head\.weight",)  # the config says that it is the embedding
+_IGNORED_IN_AURA = (r".*\.lora_[AB]", r"audio_embedder\..*")  # not the LLM's
+_IGNORED_TIED = (r"(?:.*\.)?lm_head\.weight",)  # the config says that it is the embedding
 _IGNORED_BY_ENCODER = (r"model\.decoder\..*", r"proj_out\.weight")  # the other half
 _IGNORED_BY_DECODER = (r"model\.encoder\..*", r"proj_out\.weight")  # the other half; the head is always tied
 
@@ -126,12 +131,12 @@ class Source:
 
 
 def load_llm_config(directory: str | Path) -> LLMConfig:
-    """Reads the shape of a decoder LLM.
+    """Reads the shape of a decoder LLM; in an `hf` export of ours, of the one inside.
 
     Raises:
       UserError: no readable config.json, or a model that is not supported.
     """
-    return _load_config(directory, LLMConfig.from_hf)
+    return _load_config(directory, lambda values: LLMConfig.from_hf(_inside(values)))
 
 
 def load_whisper_config(directory: str | Path) -> WhisperConfig:
@@ -160,9 +165,10 @@ def load_llm(
     Raises:
       UserError: keys, shapes or dtypes that do not fit the config, or a damaged or missing file.
     """
-    expected = _llm_shapes(config, n_adapted)
-    ignored = _IGNORED_ALWAYS + (_IGNORED_TIED if config.tied else ())
-    return _load(Path(directory), expected, llm_sources(expected, n_adapted), ignored, dtype, sharding)
+    expected = llm_shapes(config, n_adapted)
+    prefix = AURA_LLM if is_aura(Path(directory)) else ""
+    ignored = _IGNORED_ALWAYS + (_IGNORED_TIED if config.tied else ()) + (_IGNORED_IN_AURA if prefix else ())
+    return _load(Path(directory), expected, llm_sources(expected, n_adapted, prefix), ignored, dtype, sharding)
 
 
 def load_whisper_encoder(
@@ -183,15 +189,17 @@ def load_whisper_decoder(
     return _load(Path(directory), expected, sources, _IGNORED_BY_DECODER, dtype, sharding)
 
 
-def llm_sources(shapes: Mapping[str, tuple[int, ...]], n_adapted: int) -> dict[str, Source]:
+def llm_sources(shapes: Mapping[str, tuple[int, ...]], n_adapted: int, prefix: str = "") -> dict[str, Source]:
     """Returns for each path of an LLM's `params` which Hugging Face keys it is made of.
 
     Args:
       shapes: path -> shape of the leaf.
       n_adapted: blocks in `adapted`.
+      prefix: of every key: that of an LLM inside another model.
     """
-    stacks = {"adapted": ("model.layers", 0), "plain": ("model.layers", n_adapted)}
-    return _sources(shapes, _LLM_TOP, _LLM_BLOCK, stacks)
+    stacks = {"adapted": (f"{prefix}model.layers", 0), "plain": (f"{prefix}model.layers", n_adapted)}
+    top = {path: (f"{prefix}{name}", axes) for path, (name, axes) in _LLM_TOP.items()}
+    return _sources(shapes, top, _LLM_BLOCK, stacks)
 
 
 def _sources(
@@ -221,7 +229,9 @@ def _shapes(module: Any, *args: Any, method: Any = None) -> dict[str, tuple[int,
     return {path: leaf.shape for path, leaf in flatten(variables["params"]).items()}
 
 
-def _llm_shapes(config: LLMConfig, n_adapted: int) -> dict[str, tuple[int, ...]]:
+def llm_shapes(config: LLMConfig, n_adapted: int) -> dict[str, tuple[int, ...]]:
+    """Returns path -> shape of an LLM's `params`, of which the first `n_adapted` blocks are in `adapted`."""
+
     def touch_everything(llm: LLM, tokens_BxT: jax.Array) -> jax.Array:
         ctx = Context(tokens_BxT, tokens_BxT + 1, tokens_BxT + 1, tokens_BxT + 1)
         return llm.logits(llm(llm.embed(tokens_BxT), ctx)[0])
@@ -231,14 +241,55 @@ def _llm_shapes(config: LLMConfig, n_adapted: int) -> dict[str, tuple[int, ...]]
     return _shapes(LLM(config, lora), jnp.zeros((1, 1), jnp.int32), method=touch_everything)
 
 
-def _load_config(directory: str | Path, read: Callable[[Mapping[str, Any]], Any]) -> Any:
-    file = Path(directory) / "config.json"
+def is_aura(directory: Path) -> bool:
+    """Whether this is an LLM inside one of our own `hf` exports."""
+    return read_json(directory / "config.json", _MEND_CONFIG).get("model_type") == AURA
+
+
+def text_config(directory: Path) -> dict[str, Any]:
+    """Returns the config.json of an LLM; in an `hf` export of ours, of the one inside."""
+    return _load_config(directory, _inside)
+
+
+def _inside(values: Mapping[str, Any]) -> Any:
+    return values["text_config"] if values.get("model_type") == AURA else values
+
+
+def read_json(file: Path, mend: str) -> dict[str, Any]:
+    """Reads an object of a Hugging Face directory.
+
+    Args:
+      mend: what to do if it is not there.
+
+    Raises:
+      UserError: it is not there, or no JSON object.
+    """
     try:
-        return read(json.loads(file.read_text(encoding="utf-8")))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): name a Hugging Face model directory") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}): {mend}") from error
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}): copy or fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: not a JSON object: copy or fetch it again")
+    return value
+
+
+def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda key: True) -> dict[str, np.ndarray]:
+    """Reads the tensors of a safetensors file whose keys are wanted.
+
+    Raises:
+      UserError: it is not there, or damaged.
+    """
+    with _opened(file) as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys() if wanted(key)}  # noqa: SIM118
+
+
+def _load_config(directory: str | Path, read: Callable[[Mapping[str, Any]], Any]) -> Any:
+    file = Path(directory) / "config.json"
+    content = read_json(file, _MEND_CONFIG)
+    try:
+        return read(content)
     except KeyError as error:
         raise UserError(f"{file}: has no {error.args[0]!r}: it is not the config of a model of this kind") from error
     except UserError as error:
@@ -269,32 +320,47 @@ def _load(
     return unflatten(leaves)
 
 
-def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns key -> safetensors slice, of all the directory's files."""
-    index = directory / _INDEX
-    if (directory / _SINGLE).is_file():
-        names: Iterable[str] = [_SINGLE]
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not a safetensors index ({error}): copy or fetch it again") from error
-    else:
+def weight_files(directory: Path) -> list[Path]:
+    """Returns the safetensors files of a directory: one, or those that its index names.
+
+    Raises:
+      UserError: there are none, the index is damaged, or a file that it names is missing.
+    """
+    index = directory / INDEX
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if not index.is_file():
         hint = " (pytorch_model.bin is not read: save it again with safetensors)"
         other = hint if any(directory.glob("pytorch_model*.bin")) else ""
-        raise UserError(f"{directory}: no {_SINGLE} and no {_INDEX}: name a directory with weights{other}")
-    stored = {}
+        raise UserError(f"{directory}: no {SINGLE} and no {INDEX}: name a directory with weights{other}")
+    content = read_json(index, "copy or fetch it again")
+    try:
+        names = sorted(set(content["weight_map"].values()))
+    except (KeyError, AttributeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({error}): copy or fetch it again") from error
     for name in names:
-        file = directory / name
-        if not file.is_file():
-            raise UserError(f"{file}: named in {_INDEX}, but missing: copy or fetch it again")
-        try:
-            handle = stack.enter_context(safe_open(file, "np"))
-        except (SafetensorError, OSError) as error:
-            size = file.stat().st_size
-            raise UserError(f"{file}: truncated or damaged ({size} bytes; {error}): copy or fetch it again") from error
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name}: named in {INDEX}, but missing: copy or fetch it again")
+    return [directory / name for name in names]
+
+
+def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Returns key -> safetensors slice, of all the directory's files."""
+    stored = {}
+    for file in weight_files(directory):
+        handle = stack.enter_context(_opened(file))
         stored |= {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
     return stored
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "np")
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not there: copy or fetch it again") from error
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise UserError(f"{file}: truncated or damaged ({size} bytes; {error}): copy or fetch it again") from error
 
 
 def _check_keys(
@@ -303,8 +369,8 @@ def _check_keys(
     wanted = {key for source in sources.values() for key in source.keys}
     missing = sorted(wanted - stored.keys())
     unknown = sorted(k for k in stored.keys() - wanted if not any(re.fullmatch(p, k) for p in ignored))
-    parts = [f"lacks {_listed(missing)}"] if missing else []
-    parts += [f"has keys that the model lacks: {_listed(unknown)}"] if unknown else []
+    parts = [f"lacks {listed(missing)}"] if missing else []
+    parts += [f"has keys that the model lacks: {listed(unknown)}"] if unknown else []
     if parts:
         raise UserError(f"{directory}: the weights do not fit config.json: it {' and '.join(parts)}")
 
@@ -322,7 +388,7 @@ def _check_tensors(
             elif stored[key].get_dtype() not in _FLOATS:
                 wrong.append(f"{key} is {stored[key].get_dtype()}, expected one of {', '.join(_FLOATS)}")
     if wrong:
-        raise UserError(f"{directory}: the weights do not fit config.json: {_listed(wrong, '; ')}")
+        raise UserError(f"{directory}: the weights do not fit config.json: {listed(wrong, '; ')}")
 
 
 def _reader(
@@ -351,6 +417,7 @@ def _ordered(stored: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return stored.transpose(axes) if axes else stored
 
 
-def _listed(items: Sequence[str], separator: str = ", ") -> str:
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """Returns the items in one line, the first few of many."""
     more = f"{separator}and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
     return separator.join(items[:_MAX_LISTED]) + more

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,6 +26,13 @@ _TEXT = (
     "in service. You are a helpful assistant. Write down what was said: user, system, assistant. One, two, three, four."
 )
 _N_MERGES = 96
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+# Family -> its class in transformers, and the options that only its config has.
+_FAMILIES = {
+    "llama": ("LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    "qwen2": ("Qwen2ForCausalLM", {"use_sliding_window": False}),
+    "qwen3": ("Qwen3ForCausalLM", {"attention_bias": False, "use_sliding_window": False}),
+}
 _LLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _WHISPER_SPECIAL = ("<|endoftext|>", "<|startoftranscript|>")
 _WHISPER_LANGUAGES = ("<|en|>", "<|de|>", "<|fr|>")
@@ -38,36 +46,56 @@ _WHISPER_TASKS = (
 )
 
 
-def build_llama(output: Path, *, seed: int = 0, n_blocks: int = 4, width: int = 64, mlp_width: int = 128) -> None:
-    """Writes a random Llama with 4 heads, 2 key/value heads, tied embeddings and a ChatML template.
+def build_llm(
+    output: Path,
+    *,
+    family: str = "llama",
+    seed: int = 0,
+    n_blocks: int = 4,
+    width: int = 64,
+    mlp_width: int = 128,
+    tied: bool = True,
+    dtype: str = "float32",
+    shards: int = 1,
+) -> None:
+    """Writes a random LLM with 4 heads, 2 key/value heads and a ChatML template.
 
     Args:
       output: an existing directory.
+      family: "llama"; "qwen2", with biases of q, k and v; or "qwen3", with norms of q and k, and with heads of twice
+        width / 4.
       seed: of the weights.
+      tied: the head is the embedding; otherwise it is drawn too.
+      dtype: that the weights are rounded to and stored in: "float32", "bfloat16" or "float16".
+      shards: files of weights; several come with an index.
     """
     tokenizer = _tokenizer(_LLM_SPECIAL, first=True)
     n_heads, n_kv_heads = 4, 2
-    head_width = width // n_heads
+    head_width = width // n_heads * (2 if family == "qwen3" else 1)
     vocab = tokenizer.get_vocab_size()
     draw = _Draw(seed)
     tensors = {"model.embed_tokens.weight": draw.embedding(vocab, width), "model.norm.weight": draw.scale(width)}
     for i in range(n_blocks):
         block = f"model.layers.{i}"
+        tensors[f"{block}.input_layernorm.weight"] = draw.scale(width)
+        for name, n in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
+            tensors |= draw.affine(f"{block}.self_attn.{name}_proj", n * head_width, width, bias=family == "qwen2")
+        if family == "qwen3":
+            tensors |= {f"{block}.self_attn.{name}_norm.weight": draw.scale(head_width) for name in "qk"}
         tensors |= {
-            f"{block}.input_layernorm.weight": draw.scale(width),
-            f"{block}.self_attn.q_proj.weight": draw.matrix(n_heads * head_width, width),
-            f"{block}.self_attn.k_proj.weight": draw.matrix(n_kv_heads * head_width, width),
-            f"{block}.self_attn.v_proj.weight": draw.matrix(n_kv_heads * head_width, width),
             f"{block}.self_attn.o_proj.weight": draw.matrix(width, n_heads * head_width),
             f"{block}.post_attention_layernorm.weight": draw.scale(width),
             f"{block}.mlp.gate_proj.weight": draw.matrix(mlp_width, width),
             f"{block}.mlp.up_proj.weight": draw.matrix(mlp_width, width),
             f"{block}.mlp.down_proj.weight": draw.matrix(width, mlp_width),
         }
+    if not tied:
+        tensors["lm_head.weight"] = draw.matrix(vocab, width)
+    architecture, options = _FAMILIES[family]
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": family,
         "vocab_size": vocab,
         "hidden_size": width,
         "intermediate_size": mlp_width,
@@ -79,10 +107,9 @@ def build_llama(output: Path, *, seed: int = 0, n_blocks: int = 4, width: int = 
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
+        **options,
+        "tie_word_embeddings": tied,
+        "dtype": dtype,
         **tokens,
     }
     tokenizer_config = {
@@ -95,7 +122,8 @@ def build_llama(output: Path, *, seed: int = 0, n_blocks: int = 4, width: int = 
         "clean_up_tokenization_spaces": False,
         "chat_template": _CHAT_TEMPLATE,
     }
-    _write(output, tensors, tokenizer, config, tokenizer_config, tokens)
+    stored = {key: tensor.astype(_DTYPES[dtype]) for key, tensor in tensors.items()}
+    _write(output, stored, tokenizer, config, tokenizer_config, tokens, shards)
 
 
 def build_whisper(
@@ -259,8 +287,9 @@ def _write(
     config: dict,
     tokenizer_config: dict,
     generation_config: dict,
+    shards: int = 1,
 ) -> None:
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    _write_weights(output, tensors, shards)
     tokenizer.save(str(output / "tokenizer.json"))
     for name, content in (
         ("config.json", config),
@@ -268,3 +297,16 @@ def _write(
         ("generation_config.json", generation_config),
     ):
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(output: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
+    if shards == 1:
+        save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, keys in enumerate(np.array_split(list(tensors), shards), 1):
+        name = f"model-{i:05d}-of-{shards:05d}.safetensors"
+        save_file({key: tensors[key] for key in keys.tolist()}, output / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(keys.tolist(), name)
+    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
+    (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

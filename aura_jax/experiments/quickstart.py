@@ -1,6 +1,7 @@
 """The quickstart: train AuRA on real speech, evaluate it on held-out voices, sentences and recordings, and on text."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from aura_jax.config import Config
 from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
 from aura_jax.evaluate import suite, text
+from aura_jax.exchange import export
 from aura_jax.report.run import report_run
 from aura_jax.train import loop
 
@@ -74,6 +76,21 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def export_model(workdir: Path, config: Config, step: int) -> Path:
+    """Returns the folder of the run's adapter for PyTorch, written unless an earlier call wrote that of this step.
+
+    The format is peft; hf where PEFT cannot say what the run computes.
+    """
+    plora = config.lora.scope == "audio"
+    merges = any(config.train.stages[name].merge_lora for name in config.train.schedule)
+    folder = workdir / ("hf" if plora or merges else "peft")
+    if folder.is_dir():
+        if json.loads((folder / export.AUDIO_CONFIG).read_text())["step"] == step:
+            return folder
+        shutil.rmtree(folder)
+    return export.export_run(workdir, folder, folder.name)
+
+
 def _size(scores: dict[str, Any]) -> tuple[int, dict[str, int]]:
     """Returns the steps trained, and the rows of each test set."""
     return scores["step"], {name: of_set["n"] for name, of_set in scores["sets"].items()}
@@ -97,6 +114,7 @@ def main(workdir: Path, config: Config, ablation: bool = False) -> int:
         if committed and _size(committed[0]) == _size(scores):  # of the same experiment, as far as can be seen
             columns["no distillation (committed)"] = committed[0]
     page = report_run(workdir)
+    exported = export_model(workdir, config, scores["scored_step"])
     print()
     print(table(columns))
     print()
@@ -109,5 +127,6 @@ def main(workdir: Path, config: Config, ablation: bool = False) -> int:
     )
     print(f"checkpoints, metrics.jsonl, scores.json and transcripts.json: {workdir}")
     print(f"look at it: {page}")
+    print(f"take it to PyTorch: {exported} (its README.md says how; aura-jax export --help for other formats)")
     print(f'try it: {Path(sys.argv[0]).name} generate --workdir {workdir} --audio FILE, or --prompt "What is the sun?"')
     return 0

@@ -80,6 +80,25 @@ class _Inputs:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Program:
+    """What is static in a compiled program: Generators of equal models share what is compiled."""
+
+    model: Any
+    mesh: jax.sharding.Mesh | None
+    lora: str
+    n_new: int
+    normalisation: str
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, method: str) -> Any:
+        return self.model.apply(self.visible(variables), *args, method=method)
+
+    def visible(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the collections that a pass may see: without `lora`, the model is the base LLM (or a merged one)."""
+        names = ("params",) if self.lora == _OFF else ("params", "lora")
+        return {name: variables[name] for name in names if name in variables}
+
+
+@dataclasses.dataclass(frozen=True)
 class _Prompt:
     """A tokenised request: its place in the list, ids before and after the audio, its bucket of samples (0: text)."""
 
@@ -165,6 +184,19 @@ class Generator:
                 progress(len(batch))
         return [reply for reply in replies if reply is not None]
 
+    def prompt_logits(self, request: Request) -> np.ndarray:
+        """Returns the logits [T, V], float32, at every token of the request's prompt, audio tokens included.
+
+        They are what another implementation of the same model can be compared with.
+
+        Raises:
+          UserError: as `generate`.
+        """
+        prompt = self._prompt(0, request)
+        inputs = self._inputs([prompt], self._row_multiple)
+        logits_BxTxV = _prompt_logits(self.variables, inputs, self._program(prompt.lora, n_new=0))
+        return np.asarray(logits_BxTxV)[0, inputs.columns.segment_BxT[0] != 0]
+
     def _prompt(self, index: int, request: Request) -> _Prompt:
         system, waveform = self.system, request.waveform
         if waveform is not None and request.transcript is not None:
@@ -195,17 +227,19 @@ class Generator:
         n_samples = 0 if inputs.waveform_BxN is None else inputs.waveform_BxN.shape[1]
         self.shapes.add((lora, n_rows, inputs.columns.tokens_BxT.shape[1], n_samples))
 
-        static = {"model": self.system.model, "mesh": self._mesh, "lora": lora, "n_new": n_new}
-        normalisation = self.system.config.model.normalisation
-        cache, token_B = _prefill(self.variables, inputs, normalisation=normalisation, **static)
+        program = self._program(lora, n_new)
+        cache, token_B = _prefill(self.variables, inputs, program)
         columns = inputs.columns
         n_real_B = (columns.segment_BxT != 0).sum(1).astype(np.int32)
         segment_BxS = np.pad(columns.segment_BxT, ((0, 0), (0, n_new)), constant_values=1)
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
-        answer_BxG, _ = _decode(self.variables, cache, token_B, n_real_B, segment_BxS, stop_ids, **static)
+        answer_BxG, _ = _decode(self.variables, cache, token_B, n_real_B, segment_BxS, stop_ids, program)
         answer_BxG = np.asarray(answer_BxG)
         seconds = time.perf_counter() - start
         return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
+
+    def _program(self, lora: str, n_new: int) -> _Program:
+        return _Program(self.system.model, self._mesh, lora, n_new, self.system.config.model.normalisation)
 
     def _inputs(self, batch: Sequence[_Prompt], n_rows: int) -> _Inputs:
         n_prefix = _token_bucket(max(len(p.prefix) for p in batch))
@@ -273,62 +307,52 @@ def _rows_on_mesh(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.tree.map(place, tree)
 
 
-def _visible(variables: Mapping[str, Any], lora: str) -> dict[str, Any]:
-    """Returns the collections that a pass may see: without `lora`, the model is the base LLM (or a merged one)."""
-    return {
-        name: variables[name] for name in ("params", "lora") if name in variables and (name, lora) != ("lora", _OFF)
-    }
-
-
-# Static arguments of both programs: two Generators of equal models share what is compiled.
-_STATIC = ("model", "mesh", "lora", "n_new")
-
-
-@functools.partial(jax.jit, static_argnames=("normalisation", *_STATIC))
-def _prefill(
-    variables: Mapping[str, Any],
-    inputs: _Inputs,
-    *,
-    normalisation: str,
-    model: Any,
-    mesh: jax.sharding.Mesh | None,
-    lora: str,
-    n_new: int,
-) -> tuple[Cache, jax.Array]:
+@functools.partial(jax.jit, static_argnames="program")
+def _prefill(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> tuple[Cache, jax.Array]:
     """Reads the prompts; returns the cache, T + n_new columns long, and the first token of each answer."""
-    inputs = _rows_on_mesh(inputs, mesh)
-    columns, visible = inputs.columns, _visible(variables, lora)
+    h_BxTxD, cache = _read(variables, inputs, program)
+    h_BxD = jnp.take_along_axis(h_BxTxD, inputs.last_B[:, None, None], axis=1)[:, 0]
+    return cache, _best_token(variables, h_BxD, program)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _prompt_logits(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> jax.Array:
+    """Reads the prompts; returns the logits [B, T, V] at all their columns."""
+    return program.apply(variables, _read(variables, inputs, program)[0], method="logits")
+
+
+def _read(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> tuple[jax.Array, Cache]:
+    """Returns normed hidden states [B, T, D] of the prompts, and the cache, T + n_new columns long."""
+    inputs = _rows_on_mesh(inputs, program.mesh)
+    columns, c = inputs.columns, program.model.config
     if inputs.waveform_BxN is None:
-        x_BxTxD = model.apply(visible, columns.tokens_BxT, method="embed_text")
+        x_BxTxD = program.apply(variables, columns.tokens_BxT, method="embed_text")
         ctx = text_context(columns.position_BxT, columns.segment_BxT)
     else:
         mel_BxFxM = features.log_mel(
             inputs.waveform_BxN,
-            model.config.embedder.n_mels,
+            c.embedder.n_mels,
             n_samples_B=inputs.n_samples_B,
-            normalisation=normalisation,
+            normalisation=program.normalisation,
         )
         n_frames_B = features.n_frames(inputs.n_samples_B)
-        x_BxTxD = model.apply(visible, columns, mel_BxFxM[:, None], n_frames_B[:, None], method="embed")
-        ctx = model.apply(visible, columns, method="context").replace(tap_position_BxQ=None)
-        if lora == _EVERYWHERE:
+        x_BxTxD = program.apply(variables, columns, mel_BxFxM[:, None], n_frames_B[:, None], method="embed")
+        ctx = program.apply(variables, columns, method="context").replace(tap_position_BxQ=None)
+        if program.lora == _EVERYWHERE:
             ctx = ctx.replace(lora_mask_BxT=None)  # all tokens of a spoken request, so no select
     n_rows, n_columns = columns.tokens_BxT.shape
-    k_segment_BxS = jnp.pad(columns.segment_BxT, ((0, 0), (0, n_new)))
+    k_segment_BxS = jnp.pad(columns.segment_BxT, ((0, 0), (0, program.n_new)))
     ctx = dataclasses.replace(ctx, k_segment_BxS=k_segment_BxS, cache_start=jnp.int32(0))
-    cache = Cache.zeros(model.config.llm, n_rows, n_columns + n_new, model.dtype)
-    x_BxTxD, cache, _ = model.apply(visible, x_BxTxD, ctx, cache, method="adapted_blocks")
-    h_BxTxD, cache = model.apply(visible, x_BxTxD, ctx, cache, method="plain_blocks")
-    h_BxD = jnp.take_along_axis(h_BxTxD, inputs.last_B[:, None, None], axis=1)[:, 0]
-    return cache, _best_token(model, visible, h_BxD)
+    cache = Cache.zeros(c.llm, n_rows, n_columns + program.n_new, program.model.dtype)
+    x_BxTxD, cache, _ = program.apply(variables, x_BxTxD, ctx, cache, method="adapted_blocks")
+    return program.apply(variables, x_BxTxD, ctx, cache, method="plain_blocks")
 
 
-def _best_token(model: Any, visible: Mapping[str, Any], h_BxD: jax.Array) -> jax.Array:
-    logits_BxV = model.apply(visible, h_BxD, method="logits")
-    return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+def _best_token(variables: Mapping[str, Any], h_BxD: jax.Array, program: _Program) -> jax.Array:
+    return jnp.argmax(program.apply(variables, h_BxD, method="logits"), axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _decode(
     variables: Mapping[str, Any],
     cache: Cache,
@@ -336,11 +360,7 @@ def _decode(
     n_real_B: jax.Array,
     segment_BxS: jax.Array,
     stop_ids: jax.Array,
-    *,
-    model: Any,
-    mesh: jax.sharding.Mesh | None,
-    lora: str,
-    n_new: int,
+    program: _Program,
 ) -> tuple[jax.Array, Cache]:
     """Returns the answers [B, n_new], padded with a stop id after the first one, and the cache (it is donated).
 
@@ -351,8 +371,9 @@ def _decode(
       segment_BxS: of the prompt's columns, and 1 for those of the answer.
       stop_ids: ids that end an answer.
     """
-    # Under PLoRA answer tokens are text, and see the base LLM's weights.
-    visible = _visible(variables, _OFF if lora == _AT_AUDIO else lora)
+    if program.lora == _AT_AUDIO:  # answer tokens are text, and see the base LLM's weights
+        program = dataclasses.replace(program, lora=_OFF)
+    n_new = program.n_new
     n_rows, n_cached = segment_BxS.shape
     first_column = n_cached - n_new
     ended = lambda token_B: jnp.isin(token_B, stop_ids)
@@ -371,16 +392,16 @@ def _decode(
             k_segment_BxS=segment_BxS,
             cache_start=column,
         )
-        x_Bx1xD = model.apply(visible, token_B[:, None], method="embed_text")
-        x_Bx1xD, cache, _ = model.apply(visible, x_Bx1xD, ctx, cache, method="adapted_blocks")
-        h_Bx1xD, cache = model.apply(visible, x_Bx1xD, ctx, cache, method="plain_blocks")
-        token_B = jnp.where(finished_B, stop_ids[0], _best_token(model, visible, h_Bx1xD[:, 0]))
+        x_Bx1xD = program.apply(variables, token_B[:, None], method="embed_text")
+        x_Bx1xD, cache, _ = program.apply(variables, x_Bx1xD, ctx, cache, method="adapted_blocks")
+        h_Bx1xD, cache = program.apply(variables, x_Bx1xD, ctx, cache, method="plain_blocks")
+        token_B = jnp.where(finished_B, stop_ids[0], _best_token(variables, h_Bx1xD[:, 0], program))
         answer_BxG = jax.lax.dynamic_update_slice(answer_BxG, token_B[:, None], (0, n_done))
         return n_done + 1, token_B, finished_B | ended(token_B), answer_BxG, cache
 
     answer_BxG = jnp.full((n_rows, n_new), stop_ids[0]).at[:, 0].set(token_B)
     state = (jnp.int32(1), token_B, ended(token_B) | (n_real_B == 0), answer_BxG, cache)
     *_, answer_BxG, cache = jax.lax.while_loop(unfinished, one_token, state)
-    if mesh is not None:  # every host reads all answers
-        answer_BxG = jax.lax.with_sharding_constraint(answer_BxG, sharding.replicated(mesh))
+    if program.mesh is not None:  # every host reads all answers
+        answer_BxG = jax.lax.with_sharding_constraint(answer_BxG, sharding.replicated(program.mesh))
     return answer_BxG, cache

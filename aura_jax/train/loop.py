@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,25 @@ def train(config: Config, workdir: Path) -> Result:
     mesh = checkpoint.system_mesh(config)
     with jax.set_mesh(mesh), Signals() as signals:
         return _Run(config, workdir, mesh, signals).run()
+
+
+def begin(
+    config: Config, workdir: Path, leaves: Mapping[str, np.ndarray], *, llm_fingerprint: str | None = None
+) -> None:
+    """Makes `workdir` that of a run at step 0 which starts from given variables; `train` goes on from there.
+
+    Args:
+      leaves: path -> array, of variables that are not the LLM's own; the others start as they always do.
+      llm_fingerprint: of the LLM that they belong to; None: unknown.
+
+    Raises:
+      UserError: as `train`, and for another LLM.
+    """
+    config_lib.validate(config)
+    claim(workdir, config)
+    mesh = checkpoint.system_mesh(config)
+    with jax.set_mesh(mesh), Signals() as signals:
+        _Run(config, workdir, mesh, signals).begin(leaves, llm_fingerprint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +159,22 @@ class _Run:
         finally:
             self.checkpoints.close()
             log.close()
+
+    def begin(self, leaves: Mapping[str, np.ndarray], llm_fingerprint: str | None) -> None:
+        """Saves step 0 with `leaves` in place of what was drawn."""
+        try:
+            if llm_fingerprint not in (None, self.meta["llm_fingerprint"]):
+                raise UserError(
+                    f"the weights are for another base: model.llm {self.config.model.llm} has fingerprint "
+                    f"{self.meta['llm_fingerprint']}, they want {llm_fingerprint}"
+                )
+            drawn = sharding.flatten(self.variables)
+            placed = {path: jax.device_put(leaf, drawn[path].sharding) for path, leaf in leaves.items()}
+            self.variables = sharding.join(placed, self.variables)
+            trained, _ = sharding.split(self.variables, self.rates[0])
+            self._save(0, step_lib.new_state(self.config, trained, 0, self.mesh))
+        finally:
+            self.checkpoints.close()
 
     def _check_frozen(self, meta: dict) -> None:
         for key in ("llm_fingerprint", "teacher_fingerprint"):

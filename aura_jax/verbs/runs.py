@@ -45,7 +45,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     from aura_jax import config
 
-    loaded = config.load(config_arguments)
+    of_run = args.workdir / "config.json"
+    if of_run.is_file() and not any(argument.startswith("--config=") for argument in config_arguments):
+        loaded = config.override(config.from_json(of_run), config_arguments)
+    else:
+        loaded = config.load(config_arguments)
     make_folder(args.workdir)
     from aura_jax.train import loop
 
@@ -152,7 +156,7 @@ VERBS = {
     "train": Verb(
         "train, or go on training, in a workdir",
         "Trains. The same command resumes a run that was stopped: SIGINT and SIGTERM save first, and the exit\n"
-        "code is then 75.\n\n" + CONFIG_HELP,
+        "code is then 75. Without --config=FILE, a run that was begun goes on with its own.\n\n" + CONFIG_HELP,
         _train_arguments,
         _train,
         takes_config=True,

@@ -41,6 +41,8 @@ def test_smoke_trains_evaluates_reports_and_answers(tmp_path):
     assert scores["text"]["questions"]["n"] == 10
     assert f"look at it: {workdir / 'report.html'}" in run.stdout and (workdir / "report.html").is_file()
     assert json.loads((workdir / "report.json").read_text())["missing"] == {}
+    assert f"take it to PyTorch: {workdir / 'peft'}" in run.stdout
+    assert json.loads((workdir / "peft" / "audio_config.json").read_text())["step"] == 12
 
     answer = aura_jax("generate", "--workdir", str(workdir), "--prompt", "Hello", "--json")
     assert answer.returncode == 0, answer.stderr[-3000:]
@@ -50,7 +52,7 @@ def test_smoke_trains_evaluates_reports_and_answers(tmp_path):
 def scores_of(step: int = 1100, wer: float = 0.0, **text) -> dict:
     rate = {"value": wer, "low": wer, "high": wer}
     exact = {"value": 1 - wer, "low": 1 - wer, "high": 1 - wer}
-    out = {"step": step, "sets": {"new voices": {"n": 93, "wer": rate, "exact_match": exact}}}
+    out = {"step": step, "scored_step": step, "sets": {"new voices": {"n": 93, "wer": rate, "exact_match": exact}}}
     out |= {"seconds": {"train": 60.0, "evaluate": 60.0}, "peak_memory_gib": 1.0}
     return out | ({"text": text} if text else {})
 
@@ -62,6 +64,7 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "check", lambda config: None)
     monkeypatch.setattr(quickstart, "run", lambda config, workdir: used.append(workdir) or canned.pop(0))
     monkeypatch.setattr(quickstart, "report_run", lambda workdir: workdir / "report.html")
+    monkeypatch.setattr(quickstart, "export_model", lambda workdir, config, step: workdir / "peft")
     monkeypatch.setattr(quickstart, "COMMITTED", tmp_path / "committed.json")
     return canned, used
 
@@ -97,6 +100,26 @@ def test_text_is_called_untouched_only_where_it_is(adapters, exact):
     assert ("not a bit changes" in lines) == exact
     assert "3.20 nats a token, the base LLM 3.10 (+0.100)" in lines and "8 of 10 right, the base LLM 9" in lines
     assert "questions" not in suite.text_lines(scores_of(adapters=adapters, loss=loss))
+
+
+def test_the_model_is_exported_once_a_step_in_a_format_that_can_say_it(tmp_path, monkeypatch):
+    written = []
+
+    def export_run(workdir, output, format):
+        written.append(format)
+        output.mkdir()
+        (output / "audio_config.json").write_text(json.dumps({"step": 5 + len(written)}))
+        return output
+
+    monkeypatch.setattr(quickstart.export, "export_run", export_run)
+    c = config.load([f"--config={ROOT / 'configs' / 'smoke.py'}"])
+    assert quickstart.export_model(tmp_path, c, 6) == tmp_path / "peft"
+    assert quickstart.export_model(tmp_path, c, 6) == tmp_path / "peft" and written == ["peft"]
+    quickstart.export_model(tmp_path, c, 7)
+    assert written == ["peft", "peft"]
+    c.lora.scope = "audio"
+    assert quickstart.export_model(tmp_path, c, 8) == tmp_path / "hf"
+    assert written == ["peft", "peft", "hf"]
 
 
 def test_the_run_without_distillation_is_the_same_but_for_it():

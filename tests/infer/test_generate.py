@@ -176,11 +176,11 @@ def test_few_shapes(tiny_loaded, generator, monkeypatch):
 def test_the_cache_is_donated(tiny_loaded, generator):
     system, variables = tiny_loaded
     inputs = generator._inputs([generator._prompt(i, request) for i, request in enumerate(SPEECH)], 4)
-    static = {"model": system.model, "mesh": None, "lora": "everywhere", "n_new": 8}
-    cache, token = generate._prefill(variables, inputs, normalisation="whisper", **static)
+    program = generator._program("everywhere", n_new=8)
+    cache, token = generate._prefill(variables, inputs, program)
     n_rows, n_columns = inputs.columns.tokens_BxT.shape
     segment, n_real = np.ones((n_rows, n_columns + 8), np.int32), np.ones(n_rows, np.int32)
-    generate._decode(variables, cache, token, n_real, segment, np.array(system.chat.stop_ids, np.int32), **static)
+    generate._decode(variables, cache, token, n_real, segment, np.array(system.chat.stop_ids, np.int32), program)
     assert cache.k_LxBxSxGxK.is_deleted()
 
 

@@ -275,12 +275,12 @@ def test_other_base_weights_are_refused(make_config, tmp_path):
     c.train.steps = 1
     model = tmp_path / "llm"
     model.mkdir()
-    random_models.build_llama(model, seed=5)
+    random_models.build_llm(model, seed=5)
     c.model.llm = str(model)
     loop.train(c, tmp_path / "run")
     for path in model.iterdir():
         path.unlink()
-    random_models.build_llama(model, seed=6)
+    random_models.build_llm(model, seed=6)
     c.train.steps = 2
     with pytest.raises(UserError, match="another llm"):
         loop.train(c, tmp_path / "run")

@@ -139,7 +139,7 @@ def odd_models(tmp_path_factory):
     Squares of 7 and 17, and the factors 107, 73 and 71 (of the vocabulary, 355), are in no other dimension.
     """
     llm, teacher = (tmp_path_factory.mktemp(name) for name in ("llm", "teacher"))
-    random_models.build_llama(llm, n_blocks=8, width=56, mlp_width=107)
+    random_models.build_llm(llm, n_blocks=8, width=56, mlp_width=107)
     random_models.build_whisper(teacher, n_blocks=5, width=34, mlp_width=73)
     return {"model__llm": str(llm), "model__teacher": str(teacher), "lora__n_blocks": 3}
 
