@@ -1,4 +1,4 @@
-"""Audio files, bytes and streams to mono float32 waveforms at 16 kHz."""
+"""Audio files, records, bytes and streams to mono float32 waveforms at 16 kHz."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from aura_jax.audio import records
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.errors import UserError
 
@@ -32,8 +33,8 @@ def load_audio(source: str | Path | bytes | BinaryIO, *, max_seconds: float | No
     Channels are averaged while decoding, block by block, and the result is resampled with soxr's "HQ" filter.
 
     Args:
-      source: a path, an audio file's bytes, or a binary stream, which is read to its end. WAV, FLAC, Ogg Vorbis, Opus
-        or MP3.
+      source: a path, the address of a record (`audio.records`), an audio file's bytes, or a binary stream, which is
+        read to its end. WAV, FLAC, Ogg Vorbis, Opus or MP3.
       max_seconds: longer clips are refused: by their header before anything is decoded, and, where a header is wrong,
         as soon as the limit is passed. None: no limit.
 
@@ -42,6 +43,7 @@ def load_audio(source: str | Path | bytes | BinaryIO, *, max_seconds: float | No
 
     Raises:
       AudioError: the file is missing, empty, not audio, damaged, too long, has no samples or has NaN or infinite ones.
+      UserError: the shard of a record is missing or damaged as a whole.
     """
     name = _name(source)
     with _open(source, name) as file:
@@ -87,6 +89,13 @@ def audio_seconds(source: str | Path | bytes | BinaryIO) -> float:
         return n_samples / file.samplerate
 
 
+def stamp(path: str) -> tuple[int, int]:
+    """Size and time of change of a clip's file, or of its record's shard. Raises OSError: there is none."""
+    found = records.split(path)
+    status = os.stat(records.local_file(found[0]) if found else path)
+    return status.st_size, status.st_mtime_ns
+
+
 def _name(source: str | Path | bytes | BinaryIO) -> str:
     if isinstance(source, bytes):
         return f"audio of {len(source)} bytes"
@@ -115,6 +124,11 @@ class _Buffer(io.BytesIO):
 @contextlib.contextmanager
 def _open(source: str | Path | bytes | BinaryIO, name: str) -> Iterator[soundfile.SoundFile]:
     """Opens a source, and turns what libsndfile reports here or while it is read into an AudioError."""
+    if isinstance(source, str) and records.split(source):
+        try:
+            _, source = records.read(source)
+        except records.RecordError as error:
+            raise AudioError(f"{name}: a damaged record ({error}): pack the shard again") from None
     if isinstance(source, (str, os.PathLike)):
         size = _file_size(source, name)
         readable = os.fspath(source)

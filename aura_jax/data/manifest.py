@@ -12,8 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from aura_jax.audio.features import SAMPLE_RATE
-from aura_jax.audio.io import AudioError, audio_seconds
+from aura_jax.audio.io import AudioError, audio_seconds, stamp
+from aura_jax.data import shards
 from aura_jax.errors import UserError
+from aura_jax.storage import is_remote
 
 ROUNDING = 8  # samples that `clip_samples` adds to what a manifest says: half a millisecond
 
@@ -32,8 +34,9 @@ class Row:
     Attributes:
         where: "manifest:line", for error messages.
         id: the manifest's, or else the audio's path as the manifest has it, or "row-LINE".
-        audio: absolute path of the clip; None = text-only.
+        audio: absolute path of the clip, or address of its record in a shard; None = text-only.
         seconds: length of the clip, if the manifest says; it may be rounded to milliseconds.
+        header_seconds: what the clip's header said when it was packed; 0 = it could not be read.
         history: earlier turns of the conversation, each {"role": ..., "content": ...}.
         extra: the line's other keys, untouched.
     """
@@ -45,6 +48,7 @@ class Row:
     prompt: str | None = None
     response: str | None = None
     seconds: float | None = None
+    header_seconds: float | None = None
     history: tuple[Mapping[str, str], ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,19 +66,22 @@ class Row:
 
 
 def load_manifest(path: str | Path) -> list[Row]:
-    """Reads a manifest (JSON lines, UTF-8; empty lines are skipped).
+    """Reads a manifest (JSON lines, UTF-8; empty lines are skipped), or the rows of a folder of shards.
 
     No audio file is opened, but the folders that hold them must exist.
 
+    Args:
+        path: of the manifest, of the folder of shards, or of its index.
+
     Raises:
-        UserError: as `json_lines`; the manifest has no rows; a line lacks a key, or has one of the wrong type; a folder
-            of clips does not exist. Names the file, line and key, and the mend.
+        UserError: as `manifest_lines`; the manifest has no rows; a line lacks a key, or has one of the wrong type; a
+            folder of clips does not exist. Names the file, line and key, and the mend.
     """
     home, rows, folders = Path(path).parent.absolute(), [], set()
-    for where, values in json_lines(path):
-        row = _parse(values, where, home)
+    for where, values in manifest_lines(path):
+        row = parse_row(values, where, home)
         folder = os.path.dirname(row.audio) if row.audio else None
-        if folder and folder not in folders and not os.path.isdir(folder):
+        if folder and folder not in folders and not is_remote(folder) and not os.path.isdir(folder):
             raise UserError(
                 f"{row.where}: the folder {folder} of 'audio' does not exist: mend the path, "
                 "which is absolute or relative to the manifest"
@@ -84,6 +91,15 @@ def load_manifest(path: str | Path) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: an empty manifest: give one JSON object a line")
     return rows
+
+
+def manifest_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", object) for each line of a manifest, or of a folder of shards.
+
+    Raises:
+        UserError: as `json_lines`, or as `shards.open_shards`.
+    """
+    return shards.lines(path) if shards.is_shards(path) else json_lines(path)
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -113,18 +129,29 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, values
 
 
-def _parse(values: dict[str, Any], where: str, folder: Path) -> Row:
-    known = {key: values.pop(key, None) for key in (*_STRINGS, "seconds", "history")}
+def parse_row(values: dict[str, Any], where: str, folder: Path) -> Row:
+    """Returns the row that a line says. Takes what it knows out of `values`, and keeps the rest.
+
+    Args:
+        where: "manifest:line", for error messages.
+        folder: that the path of the clip is relative to.
+
+    Raises:
+        UserError: a key is missing, or of the wrong type.
+    """
+    known = {key: values.pop(key, None) for key in (*_STRINGS, "seconds", "header_seconds", "history")}
     for key in _STRINGS:
         if key == "id" and isinstance(known[key], int):
             known[key] = str(known[key])
         if known[key] is not None and not isinstance(known[key], str):
             raise UserError(f"{where}: {key!r} is {json.dumps(known[key])[:40]}: give a string")
-    seconds = known["seconds"]
-    if seconds is not None:
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
-            raise UserError(f"{where}: 'seconds' is {json.dumps(seconds)}: give a positive number, or leave it out")
-        known["seconds"] = float(seconds)
+    for key, least in (("seconds", "a positive number"), ("header_seconds", "0 or more")):
+        seconds = known[key]
+        if seconds is not None:
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < float("inf")
+            if not number or (key == "seconds" and not seconds):
+                raise UserError(f"{where}: {key!r} is {json.dumps(seconds)}: give {least}, or leave it out")
+            known[key] = float(seconds)
     known["history"] = _history(known["history"], where)
 
     if known["audio"] is None:
@@ -144,7 +171,7 @@ def _parse(values: dict[str, Any], where: str, folder: Path) -> Row:
     elif known["text"] is None and known["response"] is None:
         raise UserError(f"{where}: 'audio' without 'text' or 'response': {_NEEDED}")
     known["id"] = known["id"] or known["audio"] or f"row-{where.rpartition(':')[2]}"
-    if known["audio"] is not None:
+    if known["audio"] is not None and not is_remote(known["audio"]):
         known["audio"] = os.path.normpath(folder / known["audio"])
     return Row(where=where, extra=values, **known)
 
@@ -163,7 +190,7 @@ def _history(turns: Any, where: str) -> tuple[Mapping[str, str], ...]:
 
 
 def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: int = 8) -> list[int]:
-    """Samples at 16 kHz that each row's clip has at most: by the manifest's `seconds`, else by the file's header.
+    """Samples at 16 kHz that each row's clip has at most: by the manifest's `seconds`, else by the clip's header.
 
     That is up to `ROUNDING` more than was said, since seconds may be rounded to milliseconds. A clip whose header
     cannot be read counts 1 sample: it stays in the plan, and decoding it says what is wrong.
@@ -174,26 +201,25 @@ def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: i
         n_threads: that read headers.
     """
     known = _read_cache(cache)
-    unknown = sorted({row.audio for row in rows if row.audio and row.seconds is None})
+    unknown = sorted({row.audio for row in rows if row.audio and row.seconds is None and row.header_seconds is None})
     headers: dict[str, float | None] = {}
 
     def measure(path: str) -> tuple[str, str, float | None]:
         try:
-            status = os.stat(path)
-            stamp = f"{status.st_size}-{status.st_mtime_ns}"
-            return path, stamp, known[path, stamp] if (path, stamp) in known else audio_seconds(path)
+            of_file = "{}-{}".format(*stamp(path))
+            return path, of_file, known[path, of_file] if (path, of_file) in known else audio_seconds(path)
         except (AudioError, OSError):
             return path, "", None
 
     if unknown:
         with ThreadPoolExecutor(n_threads) as pool:
             measured = pool.map(measure, unknown)
-            for path, stamp, seconds in tqdm(
+            for path, of_file, seconds in tqdm(
                 measured, "clip lengths", len(unknown), disable=len(unknown) < _MANY, unit="clip"
             ):
                 headers[path] = seconds
                 if seconds is not None:
-                    known[path, stamp] = seconds
+                    known[path, of_file] = seconds
         _write_cache(cache, known)
 
     def samples(row: Row) -> int:
@@ -201,8 +227,9 @@ def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: i
             return 0
         if row.seconds is not None:
             return round(row.seconds * SAMPLE_RATE) + ROUNDING
+        header = headers[row.audio] if row.header_seconds is None else row.header_seconds
         # The resampler may round up.
-        return round((headers[row.audio] or 0) * SAMPLE_RATE) + 1
+        return round((header or 0) * SAMPLE_RATE) + 1
 
     return [samples(row) for row in rows]
 

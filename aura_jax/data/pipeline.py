@@ -73,7 +73,8 @@ def make_dataset(
         cache_bytes: decoded clips that each process keeps in memory, those that come first; 256 MiB hold 70 minutes.
 
     Raises:
-        UserError: the sources are not the plan's; the hosts do not divide the batch; the teacher store lacks a clip.
+        UserError: the sources are not the plan's; the hosts do not divide the batch; the teacher store lacks a clip; a
+            shard is missing or cut off.
     """
     elements = _Batches(sources, plan, position, host, teacher_store, text_pool, quarantine, cache_bytes)
     dataset = grain.MapDataset.source(elements).to_iter_dataset(

@@ -1,4 +1,4 @@
-"""Checks a manifest and every clip that it names."""
+"""Checks a manifest, or a folder of shards, and every clip in it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import AudioError, audio_seconds, load_audio
+from aura_jax.data import shards
 from aura_jax.data.manifest import Row, load_manifest
 
 _TOLERANCE = 0.1  # seconds that a manifest's 'seconds' may be off: buckets are chosen by it
@@ -36,16 +37,17 @@ class Report:
 
 
 def check(path: str | Path, *, decode: bool = False, n_threads: int = 8, progress: bool = True) -> Report:
-    """Reads a manifest and opens every clip.
+    """Reads a manifest and opens every clip; of shards, compares each with its checksum too.
 
     Args:
         decode: decode the clips whole; otherwise read their headers only.
         progress: show a progress bar on standard error.
 
     Raises:
-        UserError: as `load_manifest`, at the first line that is malformed.
+        UserError: as `load_manifest`, at the first line that is malformed, or shard that is missing or truncated.
     """
     rows = load_manifest(path)
+    damage = shards.damage(path, progress=progress) if shards.is_shards(path) else []
 
     def measure(row: Row) -> float | str | None:
         if row.audio is None:
@@ -64,5 +66,5 @@ def check(path: str | Path, *, decode: bool = False, n_threads: int = 8, progres
         n_rows=len(rows),
         n_clips=sum(row.audio is not None for row in rows),
         seconds=sum(x for x in found if isinstance(x, float)),
-        problems=[x for x in found if isinstance(x, str)],
+        problems=damage + [x for x in found if isinstance(x, str)],
     )

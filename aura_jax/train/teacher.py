@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from aura_jax import cache
 from aura_jax.audio import augment, features
-from aura_jax.audio.io import AudioError, load_audio
+from aura_jax.audio.io import AudioError, load_audio, stamp
 from aura_jax.data.manifest import Row
 from aura_jax.errors import UserError
 from aura_jax.models.align import pool_frames
@@ -69,7 +69,7 @@ def teacher_states(system: System, teacher: dict, waveform_NxS: jax.Array, n_sam
 
 
 class Clip(NamedTuple):
-    """A file, and its samples at speed 1."""
+    """A clip's file or record, and its samples at speed 1."""
 
     path: str
     n_samples: int
@@ -140,10 +140,9 @@ def precompute(
 
 def _stamp(path: str) -> list[int]:
     try:
-        stat = os.stat(path)
+        return list(stamp(path))
     except OSError:
         return []  # the pipeline will quarantine it
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) -> None:

@@ -1,12 +1,24 @@
 """Verbs of what goes into a run: assets, data."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from aura_jax.errors import UserError
 from aura_jax.verbs.verb import USER_MISTAKE, Verb
+
+_MOST_PROCESSES = 16  # where none are asked for: a disk or a bucket takes no more
+_PACK_HELP = """\
+Writes ArrayRecord shards: the audio files' bytes as they are, with texts, lengths and checksums. INPUT is
+  a manifest (JSON lines);
+  a folder of LibriSpeech, or one above it (with *.trans.txt);
+  a table of Common Voice (.tsv, with clips/ beside it);
+  GigaSpeech.json, or its folder: its recordings are cut into utterances (FLAC), and noise is left out;
+  a parquet file as Hugging Face writes it, with the audio's bytes in a column 'audio', or a folder of them.
+
+The same input gives the same shards. A second call writes only what is missing. Clips that cannot be read are named,
+and packed as they are: training leaves them out."""
 
 
 def _assets_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +49,26 @@ def _assets(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("validate",), help="check manifests and the clips they name")
-    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="JSON lines")
-    parser.add_argument("--decode", action="store_true", help="decode every clip, instead of reading its header only")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    validate = actions.add_parser("validate", help="check manifests or shards, and the clips in them")
+    validate.add_argument("manifests", nargs="+", metavar="MANIFEST", help="JSON lines, or a folder of shards")
+    validate.add_argument("--decode", action="store_true", help="decode every clip, instead of reading its header only")
+    pack = actions.add_parser("pack", help="write clips and texts into shards", description=_PACK_HELP)
+    pack.add_argument("inputs", nargs="+", metavar="INPUT", help="in the order of their rows")
+    pack.add_argument(
+        "--output", required=True, metavar="FOLDER", help="a folder, or an address such as gs://bucket/it"
+    )
+    pack.add_argument("--subset", metavar="NAME", help="of GigaSpeech: XS, S, M, L, XL, DEV, TEST (default all)")
+    pack.add_argument("--text-column", metavar="NAME", help="of parquet files, where it has an unusual name")
+    pack.add_argument("--shard-size", type=int, default=256, metavar="MIB", help="of a shard (default %(default)s)")
+    pack.add_argument("--processes", type=int, metavar="N", help="that write shards (default one a core, at most 16)")
 
 
 def _data(args: argparse.Namespace, _: Sequence[str]) -> int:
+    return _pack(args) if args.action == "pack" else _validate(args)
+
+
+def _validate(args: argparse.Namespace) -> int:
     from aura_jax.data import validate
 
     n_bad = 0
@@ -55,6 +81,26 @@ def _data(args: argparse.Namespace, _: Sequence[str]) -> int:
     return USER_MISTAKE if n_bad else 0
 
 
+def _pack(args: argparse.Namespace) -> int:
+    from aura_jax.data import pack
+
+    for name, value in (("--shard-size", args.shard_size), ("--processes", args.processes)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    report = pack.pack(
+        args.inputs,
+        args.output,
+        subset=args.subset,
+        text_column=args.text_column,
+        shard_bytes=args.shard_size << 20,
+        n_processes=args.processes or min(os.cpu_count() or 1, _MOST_PROCESSES),
+    )
+    for problem in report.problems:
+        print(f"cannot be read: {problem}", file=sys.stderr)
+    print(f"{args.output}: {report.summary}")
+    return 0
+
+
 VERBS = {
     "assets": Verb(
         "list or fetch the models that configs name",
@@ -64,9 +110,12 @@ VERBS = {
         _assets,
     ),
     "data": Verb(
-        "check manifests",
+        "check manifests, pack shards",
         "`validate MANIFEST ...` reports the first malformed line, or every clip that cannot be read, with line\n"
-        "numbers, and the hours there are. Exit code 2 if anything is wrong.",
+        "numbers, and the hours there are; of shards, every one that differs from its checksum. Exit code 2 if\n"
+        "anything is wrong.\n"
+        "`pack INPUT ... --output FOLDER` writes shards, which `data.train` names like a manifest.\n"
+        "`aura-jax data ACTION --help` says more.",
         _data_arguments,
         _data,
     ),

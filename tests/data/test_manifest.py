@@ -51,6 +51,7 @@ def test_rows(write, tmp_path):
         ({"audio": "clips/a.wav", "text": "a", "seconds": "2"}, "'seconds'"),
         ({"audio": "clips/a.wav", "text": "a", "seconds": True}, "'seconds'"),
         ({"audio": "clips/a.wav", "text": "a", "seconds": -1}, "'seconds'"),
+        ({"audio": "clips/a.wav", "text": "a", "header_seconds": -1}, "'header_seconds' is -1: give 0 or more"),
         ({"adio": "clips/a.wav", "text": "a"}, "no 'audio', but 'adio': rename the key"),
         ({"audio_path": "clips/a.wav", "text": "a"}, "no 'audio', but 'audio_path'"),
         ({"prompt": "a"}, "neither speech nor text"),
@@ -71,7 +72,7 @@ def test_mistakes_name_file_and_line(write, line, message):
 def test_missing_folder_and_empty_manifests(tmp_path):
     with pytest.raises(UserError, match=r"none.jsonl: cannot be read \(No such file or directory\)"):
         load_manifest(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"no index.json in it: name a manifest"):
         load_manifest(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="an empty manifest"):

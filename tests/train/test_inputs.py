@@ -9,6 +9,7 @@ import soundfile
 
 from aura_jax import system
 from aura_jax.data import sources
+from aura_jax.data.pack import pack
 from aura_jax.errors import UserError
 from aura_jax.train.inputs import Inputs
 
@@ -38,6 +39,23 @@ def test_a_clip_of_exactly_max_seconds_is_taken(config, tmp_path, monkeypatch):
     assert sorted(batch.n_samples_BxK[:, 0]) == [15000, 16000, 16000, 16000]
     (remark,) = inputs.remarks
     assert "exact.jsonl: 1 of 5 clips are outside" in remark
+
+
+def test_data_train_names_a_folder_of_shards_or_its_index(config, tmp_path):
+    (manifest, _), n_batches, active = config.data.train[0], 5, frozenset({"lm"})
+    config.data.text_pool = ""
+    pack([manifest], str(tmp_path / "shards"), shard_bytes=40_000, progress=False)
+    read = {}
+    for path in (manifest, str(tmp_path / "shards"), str(tmp_path / "shards" / "index.json")):
+        config.data.train = ((path, 1.0),)
+        inputs = Inputs(system.build(config), tmp_path / "run")
+        read[path] = list(itertools.islice(inputs.batches(active, 0), n_batches))
+        assert len(inputs.remarks) == 1
+    wanted, *others = read.values()
+    for other in others:
+        for one, two in zip(wanted, other, strict=True):
+            for a, b in zip(one, two, strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_no_row_left(config, tmp_path):

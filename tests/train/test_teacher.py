@@ -1,5 +1,6 @@
 """The teacher: precomputed states equal those of the step, and do not depend on the bucket."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -12,6 +13,7 @@ from aura_jax.audio.features import log_mel, n_audio_tokens, n_frames
 from aura_jax.audio.io import AudioError
 from aura_jax.convert import random_models
 from aura_jax.data import pipeline
+from aura_jax.data.pack import pack
 from aura_jax.errors import UserError
 from aura_jax.train import teacher
 from aura_jax.train.inputs import Inputs
@@ -47,6 +49,23 @@ def test_precomputed_states_equal_those_of_the_step(make_config, tmp_path, monke
 
     monkeypatch.setattr(teacher, "_run_teacher", forbidden)
     inputs.precompute_teacher(weights, "abc")
+
+
+def test_states_of_shards_are_those_of_files_and_are_made_again_with_them(make_config, tmp_path, monkeypatch):
+    built, weights, inputs = prepare(make_config, tmp_path, monkeypatch)
+    inputs.precompute_teacher(weights, "abc")
+    wanted = next(inputs.batches(DISTILL, 0))
+    shards, made = tmp_path / "shards", tmp_path / "cache" / "teacher-states"
+    pack([built.config.data.train[0][0]], str(shards), progress=False)
+    built.config.data.train = ((str(shards), 1.0),)
+    for n_stores in (2, 2):
+        inputs = Inputs(built, tmp_path)
+        inputs.precompute_teacher(weights, "abc")
+        np.testing.assert_array_equal(next(inputs.batches(DISTILL, 0)).teacher_BxKxPxAxE, wanted.teacher_BxKxPxAxE)
+        assert len(list(made.iterdir())) == n_stores
+    os.utime(shards / "shard-0000000.array_record", (1, 1))
+    Inputs(built, tmp_path).precompute_teacher(weights, "abc")
+    assert len(list(made.iterdir())) == 3
 
 
 def test_an_unpadded_teacher_does_not_hear_the_bucket(make_config, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from aura_jax import machine
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import AudioError, load_audio
 from aura_jax.config import Config
-from aura_jax.data.manifest import Row, clip_samples, json_lines, load_manifest
+from aura_jax.data.manifest import Row, clip_samples, json_lines, load_manifest, manifest_lines
 from aura_jax.errors import UserError
 from aura_jax.experiments.bench import data_parts, data_pipeline
 from aura_jax.train.inputs import split_held_out
@@ -121,7 +121,7 @@ def _sample(config: Config, folder: Path, seconds: float) -> tuple[Config, list[
         return out, speech
     paths = []
     for manifest, rows in manifests.items():
-        lines, part = dict(json_lines(manifest)), rows[::every]
+        lines, part = dict(manifest_lines(manifest)), rows[::every]
         paths.append(folder / f"{len(paths)}.jsonl")
         # Paths relative to the manifest would not be found from here.
         values = [lines[row.where] | ({"audio": row.audio} if row.audio is not None else {}) for row in part]
