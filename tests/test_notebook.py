@@ -77,6 +77,7 @@ def small(sample_data, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("AURA_JAX_CONFIG", str(tmp_path / "small.py"))
     monkeypatch.setenv("AURA_JAX_WORKDIR", str(tmp_path / "runs" / "run"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torch's threads spin while they wait: beside other tests, for minutes
 
 
 def test_every_notebook_is_tested():

@@ -61,17 +61,18 @@ def _path(target: str) -> str:
     return f"{_STACK}/{'attn' if target in 'qkvo' else 'mlp'}/{target}"
 
 
-def to_tensors(lora: Mapping[str, Any], prefix: str, suffix: str) -> dict[str, np.ndarray]:
-    """Returns every pair of matrices of the collection `lora` by its key: prefix, name of the linear, lora_A, suffix.
+def to_tensors(lora: Mapping[str, Any], prefix: str, suffix: str, *, zeros: bool) -> dict[str, np.ndarray]:
+    """Returns pairs of matrices of the collection `lora` by key: prefix, name of the linear, lora_A or lora_B, suffix.
 
     Args:
       lora: path below `lora` -> [N, in, r] or [N, r, out], float32.
+      zeros: False leaves out blocks, and targets, whose A are all zeros: those that PEFT leaves alone.
     """
     targets = [target for target in TARGETS if f"{_path(target)}/a" in lora]
     pairs = {t: (np.asarray(lora[f"{_path(t)}/a"]), np.asarray(lora[f"{_path(t)}/b"])) for t in targets}
-    absent = lambda matrix: not matrix.any()
-    blocks = [i for i in range(len(next(iter(pairs.values()))[0])) if not all(absent(a[i]) for a, _ in pairs.values())]
-    targets = [t for t in targets if not absent(pairs[t][0])]
+    present = lambda matrix: zeros or matrix.any()
+    blocks = [i for i in range(len(next(iter(pairs.values()))[0])) if any(present(a[i]) for a, _ in pairs.values())]
+    targets = [t for t in targets if present(pairs[t][0])]
     tensors = {}
     for i in blocks:
         for target in targets:

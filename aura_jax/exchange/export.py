@@ -31,6 +31,7 @@ _FORMAT_VERSION = 1
 
 _SOURCES = Path(__file__).parent / "torch"
 _EVERYWHERE = ("audio_embedder.py", "processing_aura.py")
+_OF_THE_LOADING = ("is_local", "local_files_only")  # transformers keeps them among a tokenizer's settings
 _IN_HF = ("configuration_aura.py", "modeling_aura.py")
 
 
@@ -84,6 +85,8 @@ def export_run(
             _write_merged(built, variables, folder, kind)
         text = card.model_card(format, about, card.scores_of(workdir, step), kind)
         (folder / "README.md").write_text(text, encoding="utf-8")
+        for file in folder.glob("*.safetensors"):  # safetensors writes for the owner only
+            shutil.copymode(folder / "README.md", file)
     return output
 
 
@@ -149,6 +152,11 @@ def _write_reader(built: System, about: dict[str, Any], folder: Path) -> None:
     if built.config.data.chat_template:
         tokenizer.chat_template = built.config.data.chat_template
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = {name: value for name, value in json.loads(path.read_text()).items() if name not in _OF_THE_LOADING}
+    if values["tokenizer_class"] == "TokenizersBackend":  # what transformers 5 calls it, and 4 does not know
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(path, values)
     for name in _EVERYWHERE:
         shutil.copyfile(_SOURCES / name, folder / name)
 
@@ -170,7 +178,7 @@ def _generation_config(built: System) -> dict[str, Any]:
 def _write_peft(built: System, variables: Mapping[str, Any], folder: Path) -> None:
     lora = built.model.config.lora
     assert lora is not None
-    tensors = peft.to_tensors(flatten(variables["lora"]), peft.PREFIX, ".weight")
+    tensors = peft.to_tensors(flatten(variables["lora"]), peft.PREFIX, ".weight", zeros=False)
     _write_json(folder / peft.CONFIG, peft.adapter_config(tensors, lora, assets.published_name(built.config.model.llm)))
     save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
 
@@ -179,7 +187,7 @@ def _write_hf(built: System, variables: Mapping[str, Any], about: dict[str, Any]
     others = audio_embedder.to_tensors(flatten(variables["params"]["embedder"]))
     others = {f"{hf.AURA_EMBEDDER}{name}": value for name, value in others.items()}
     if "lora" in variables:
-        others |= peft.to_tensors(flatten(variables["lora"]), hf.AURA_LLM, "")
+        others |= peft.to_tensors(flatten(variables["lora"]), hf.AURA_LLM, "", zeros=True)
     llm, kind = variables["params"]["llm"], jnp.dtype(dtype)
     hf_write.write_llm(folder, llm, n_adapted=_n_adapted(built), dtype=kind, prefix=hf.AURA_LLM, others=others)
     values = {

@@ -67,10 +67,11 @@ def test_an_adapter_that_peft_trained(plain, llm):
     np.testing.assert_array_equal(b[1], stored[f"{key}B.weight"].T)
     assert not a[0].any() and not b[0].any()  # PEFT leaves that block alone
 
-    again = ours.to_tensors(leaves, ours.PREFIX, ".weight")
+    again = ours.to_tensors(leaves, ours.PREFIX, ".weight", zeros=False)
     assert again.keys() == stored.keys()
     for name, tensor in again.items():
         np.testing.assert_array_equal(tensor, stored[name])
+    assert len(ours.to_tensors(leaves, ours.PREFIX, ".weight", zeros=True)) == 2 * len(again)
     written, read = ours.adapter_config(again, lora, "base"), json.loads((plain / ours.CONFIG).read_text())
     for name in ("r", "lora_alpha", "use_rslora", "layers_to_transform"):
         assert written[name] == read[name]

@@ -55,9 +55,14 @@ class LoraLinear(nn.Linear):
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
         super().__init__(base.in_features, base.out_features, base.bias is not None, **like)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, **like))
         self.scale, self.scope = scale, scope
+        self.reset_lora()
+
+    def reset_lora(self) -> None:
+        """Starts anew: B is zero, and so is the delta."""
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        nn.init.zeros_(self.lora_B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, where = super().forward(x), self.scope.where
@@ -103,6 +108,16 @@ class AuraForCausalLM(PreTrainedModel, GenerationMixin):
                 parent, name = _LINEARS[target]
                 module = getattr(block, parent)
                 setattr(module, name, LoraLinear(getattr(module, name), lora["rank"], scale, scope))
+
+    def initialize_weights(self) -> None:
+        """Fills in what a checkpoint lacks; the LLM inside does not know the parameters of its adapters."""
+        # transformers 4 notes it of modules, 5 of parameters.
+        loaded = lambda x: getattr(x, "_is_hf_initialized", False)
+        adapted = [module for module in self.modules() if isinstance(module, LoraLinear) and not loaded(module)]
+        super().initialize_weights()
+        for module in adapted:
+            if not (loaded(module.lora_A) and loaded(module.lora_B)):
+                module.reset_lora()
 
     def forward(
         self,
