@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from aura_jax import __version__, cache
+from aura_jax import __version__, cache, libtpu
 from aura_jax.errors import UserError, nearest
-from aura_jax.verbs import answers, bench, exchange, materials, runs
+from aura_jax.verbs import answers, bench, compile, exchange, materials, runs
 from aura_jax.verbs.verb import USER_MISTAKE, Verb
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
@@ -38,6 +38,7 @@ _VERBS: dict[str, Verb] = {
     **exchange.VERBS,
     **materials.VERBS,
     **bench.VERBS,
+    **compile.VERBS,
     "version": Verb("show versions", "Shows the versions of aura-jax and what it runs on.", lambda _: None, _version),
 }
 
@@ -83,6 +84,7 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     cache.keep_compiled_programs()
+    libtpu.settle()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

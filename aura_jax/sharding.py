@@ -3,21 +3,30 @@
 A path is the keys of a variable tree joined by "/", such as `params/llm/adapted/attn/q/kernel`.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aura_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the rows of a batch are split over both
 
-# Logical axis of an array's dimension -> mesh axis that it is split over.
-LOGICAL_TO_MESH = {"vocab": "tensor", "width": "fsdp", "heads": "tensor", "mlp": "tensor", None: None}
+# Logical axis of an array's dimension -> mesh axes that it is split over. The low-rank side of an adapter is too narrow
+# to split, so its other side ("outer") takes both axes: first the one by which the linear's own side is split.
+LOGICAL_TO_MESH = {
+    "vocab": ("tensor",),
+    "width": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "outer": ("tensor", "fsdp"),
+    None: (),
+}
 
 # Path (searched, first match wins) -> logical axes of the *last* dimensions; earlier ones, such as the axis that a
 # scan stacks blocks on, are not split.
@@ -26,17 +35,17 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"lm_head/kernel$", ("width", "vocab")),
     (r"(q|k|v)/kernel$", ("width", "heads")),
     (r"(q|k|v)/a$", ("width", None)),
-    (r"(q|k|v)/b$", (None, "heads")),
+    (r"(q|k|v)/b$", (None, "outer")),
     (r"(q|k|v)/bias$", ("heads",)),
     (r"attn/o/kernel$", ("heads", "width")),
-    (r"attn/o/a$", ("heads", None)),
+    (r"attn/o/a$", ("outer", None)),
     (r"attn/o/b$", (None, "width")),
     (r"mlp/(gate|up|fc1)/kernel$", ("width", "mlp")),
     (r"mlp/(gate|up)/a$", ("width", None)),
-    (r"mlp/(gate|up)/b$", (None, "mlp")),
+    (r"mlp/(gate|up)/b$", (None, "outer")),
     (r"mlp/fc1/bias$", ("mlp",)),
     (r"mlp/(down|fc2)/kernel$", ("mlp", "width")),
-    (r"mlp/down/a$", ("mlp", None)),
+    (r"mlp/down/a$", ("outer", None)),
     (r"mlp/down/b$", (None, "width")),
     (r"(conv1|conv2|patch|proj)/kernel$", (None, "width")),
     (r"heads/kernel$", ("width", None)),
@@ -72,7 +81,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns how the parameter at `path` is split over the mesh.
 
     Raises:
@@ -81,16 +90,16 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     logical = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)), None)
     if logical is None:
         raise UserError(f"no row of sharding.PARAMETER_AXES matches {path}: add one")
-    axes: list[str | None] = [None] * len(shape)
+    axes: list[Any] = [None] * len(shape)
     for dim, name in zip(range(len(shape) - len(logical), len(shape)), logical, strict=True):
-        axis = LOGICAL_TO_MESH[name]
-        if axis is None or mesh.shape[axis] == 1:
+        split = tuple(axis for axis in LOGICAL_TO_MESH[name] if mesh.shape[axis] > 1)
+        if not split:
             continue
-        if shape[dim] % mesh.shape[axis]:
-            raise UserError(
-                f"mesh axis {axis}={mesh.shape[axis]} does not divide {path} {tuple(shape)}: change mesh.{axis}"
-            )
-        axes[dim] = axis
+        if shape[dim] % math.prod(mesh.shape[axis] for axis in split):
+            sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in split)
+            names = " or ".join(f"mesh.{axis}" for axis in split)
+            raise UserError(f"mesh axis {sizes} does not divide {path} {tuple(shape)}: change {names}")
+        axes[dim] = next(iter(split)) if len(split) == 1 else split
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)
@@ -105,6 +114,34 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (axis 0 of every array of a batch) over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def keep_rows(x: jax.Array) -> jax.Array:
+    """Keeps the rows (axis 0) of an activation where the batch put them, and all else of it whole.
+
+    Under FSDP a weight and an activation are split over the same devices. Left to itself, the partitioner may well
+    gather the activations of all devices instead of the weight. Does nothing outside of `jax.set_mesh`, on one device,
+    and for rows that do not divide over the devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return x
+    if x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def gathered(path: str, x: jax.Array) -> jax.Array:
+    """Returns the parameter at `path` gathered over the axes that split rows: before a loop that would do it each time.
+
+    Does nothing outside of `jax.set_mesh` and on one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return x
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in parameter_spec(path, x.shape, mesh)]
+    left = [tuple(axis for axis in split if axis not in BATCH_AXES) or None for split in axes]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*left))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

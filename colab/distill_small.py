@@ -20,7 +20,7 @@
 #
 # | runtime | takes | memory |
 # |---|---|---|
-# | two CPU cores | 30 minutes (measured) | 5.5 GiB (measured) |
+# | two CPU cores | about 27 minutes | 5.5 GiB |
 # | T4 GPU | 10 to 15 minutes (an estimate, not measured) | 5 GiB of the GPU's (an estimate, not measured) |
 # | v5e-1 TPU | 10 to 15 minutes (an estimate, not measured) | 5 GiB of the TPU's (an estimate, not measured) |
 #
@@ -108,9 +108,9 @@ for row in load_manifest("sample_data/commands/train.jsonl")[:2]:
 # %% [markdown]
 # ## Train
 #
-# There are two stages. In *distil* the language model reads nothing and says nothing: four of its blocks learn to point
-# where the encoder's blocks point (the loss is one minus the cosine). In *joint* it also learns to write down what it
-# heard, and a few rows of plain text a step hold it where it was on text.
+# There are two stages. In *distil* the language model listens and says nothing: four of its blocks learn to point where
+# the encoder's blocks point (the loss is one minus the cosine). In *joint* it also learns to write down what it heard,
+# and a few rows of plain text a step hold it where it was on text.
 #
 # *Stop* saves before it stops, and running the cell again goes on from there.
 

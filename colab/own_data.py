@@ -16,7 +16,7 @@
 #
 # | runtime | the demonstration takes | memory |
 # |---|---|---|
-# | two CPU cores | 20 minutes (measured) | 5.5 GiB (measured) |
+# | two CPU cores | about 17 minutes | 5.5 GiB |
 # | T4 GPU | about 10 minutes (an estimate, not measured) | 5 GiB of the GPU's (an estimate, not measured) |
 # | v5e-1 TPU | about 10 minutes (an estimate, not measured) | 5 GiB of the TPU's (an estimate, not measured) |
 #

@@ -17,7 +17,7 @@
 #
 # | runtime | takes | memory |
 # |---|---|---|
-# | two CPU cores | 2 minutes, 2 more to train (measured) | 5 GiB (measured) |
+# | two CPU cores | about 2 minutes, 2 more to train | 5 GiB |
 # | T4 GPU | about 3 minutes, 3 more to train (an estimate, not measured) | 4 GiB of the GPU's (an estimate) |
 # | v5e-1 TPU | about 3 minutes, 3 more to train (an estimate, not measured) | 4 GiB of the TPU's (an estimate) |
 
@@ -118,33 +118,7 @@ for row, text in zip(rows, texts, strict=True):
 # %%
 import numpy as np
 
-from aura_jax.audio import features
-from aura_jax.data.assemble import Example, assemble
-from aura_jax.data.plan import Shape
-from aura_jax.models.speech_llm import Columns
-from aura_jax.train.objectives import student_mel
-
-
-def logits_in_jax(waveform):
-    """Returns [T, V]."""
-    before, after = built.chat.encode(built.config.data.prompt)
-    rate = built.config.embedder.token_rate
-    n_audio = int(features.n_audio_tokens(len(waveform), rate))
-    shape = Shape(
-        n_rows=1,
-        n_tokens=len(before) + n_audio + len(after),
-        n_clips=1,
-        n_audio=n_audio,
-        n_samples=n_audio * features.encoder_samples(built.frames_per_token),
-        n_targets=0,
-        n_prefix=len(before),
-    )
-    batch = assemble([[Example(before, after, waveform_S=waveform)]], shape, layout="slot", token_rate=rate)
-    hidden, _ = built.model.apply(variables, Columns.of(batch), *student_mel(built, batch, None))
-    return np.asarray(built.model.apply(variables, hidden, method="logits"))[0]
-
-
-logits = logits_in_jax(waveforms[0])
+logits = Generator(built, variables).prompt_logits(Request(waveforms[0]))
 print(f"{logits.shape[0]} columns, {logits.shape[1]} tokens of the vocabulary")
 
 # %% [markdown]
@@ -272,9 +246,9 @@ compare("merged", as_merged, logits_in_torch(model, one), generate(model, embedd
 # %% [markdown]
 # ## Side by side
 #
-# To speech all three give JAX's logits, up to float32 sums in another order: about a millionth of the largest, where a
-# ten-thousandth would be too much. To a written question *hf*, and *peft* with its adapter off, are the base LLM to the
-# bit; *merged* is not.
+# To speech all three give JAX's logits, up to float32 sums in another order: far less than a ten-thousandth of the
+# largest, which this project's tests allow. To a written question *hf*, and *peft* with its adapter off, are the base
+# LLM to the bit; *merged* is not.
 
 # %%
 head = (

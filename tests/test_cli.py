@@ -14,7 +14,20 @@ from aura_jax import cli, config
 from aura_jax.convert import random_models
 
 CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'smoke.py'}"
-VERBS = ("quickstart", "train", "eval", "report", "generate", "export", "import", "assets", "data", "bench", "version")
+VERBS = (
+    "quickstart",
+    "train",
+    "eval",
+    "report",
+    "generate",
+    "export",
+    "import",
+    "assets",
+    "data",
+    "bench",
+    "compile",
+    "version",
+)
 
 
 def mistake(capsys, *argv: str) -> str:

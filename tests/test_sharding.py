@@ -60,15 +60,19 @@ def test_every_parameter_has_a_row_and_every_matrix_is_split(family, kind):
 
 
 def test_rows_agree_with_each_other():
-    """A delta x A B must leave its shards as x W does; what one linear splits, the next one contracts."""
+    """A delta x A B must leave its shards as x W does; what one linear splits, the next one contracts.
+
+    The side of an adapter that has no axis of its own is split further, over fsdp: nothing of the state is repeated.
+    """
     table = specs(abstract_variables(FAMILIES["qwen2"], "stem"))
     root = "llm/adapted"
     for room, names in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         for name in names:
             kernel = table[f"params/{root}/{room}/{name}/kernel"]
             a, b = (table[f"lora/{root}/{room}/{name}/{x}"] for x in "ab")
-            assert a == PartitionSpec(None, kernel[1])
-            assert b == PartitionSpec(None, None, kernel[2])
+            outer = lambda axis: ("tensor", "fsdp") if axis == "tensor" else axis
+            assert a == PartitionSpec(None, outer(kernel[1]))
+            assert b == PartitionSpec(None, None, outer(kernel[2]))
             fans_out = name not in ("o", "down")
             assert kernel == PartitionSpec(None, *(("fsdp", "tensor") if fans_out else ("tensor", "fsdp")))
     assert table[f"params/{root}/attn/q/bias"] == PartitionSpec(None, "tensor")
@@ -88,6 +92,14 @@ def test_whisper_and_heads_have_rows_too(tiny_config):
         assert all(table[p] for p in table if p.endswith(("kernel", "embedding")))
     heads = system.abstract_variables(system.build(tiny_config()))["heads"]
     assert specs({"heads": heads}) == {"heads/kernel": PartitionSpec(None, "fsdp"), "heads/scale": PartitionSpec()}
+
+
+def test_a_parameter_is_gathered_over_the_axes_of_rows_only():
+    with jax.sharding.use_abstract_mesh(MESH):
+        trace = jax.make_jaxpr(lambda x: sharding.gathered("params/llm/lm_head/kernel", x))(jnp.zeros((8, 12)))
+    assert trace.eqns[0].params["sharding"].spec == PartitionSpec(None, "tensor")
+    x = jnp.zeros((3, 4))
+    assert sharding.gathered("params/q/kernel", x) is x and sharding.keep_rows(x) is x
 
 
 def test_an_unknown_parameter_or_a_mesh_that_does_not_divide_is_an_error():

@@ -98,7 +98,7 @@ def default() -> Config:
     )
     c.data = ConfigDict(
         dict(
-            train=(),  # (manifest, passes per epoch) pairs
+            train=(),  # (manifest or folder of shards, passes per epoch) pairs
             validation_key="voice",  # rows of the training manifests whose key ...
             validation_values=(),  # ... has one of these values are held out
             min_seconds=0.0,
@@ -142,7 +142,7 @@ def default() -> Config:
             stages={},
             steps=0,  # stop after so many steps over all stages; 0: all of them
             accumulate=1,  # micro-batches a step
-            loss_chunk=128,  # targets whose logits are held at a time
+            loss_chunk=128,  # targets whose logits are held at a time, over all devices: some dozens for each of many
             log_every=10,
             eval_every=0,  # steps; 0: only at the end of the run
             eval_rows=32,

@@ -10,6 +10,7 @@ from aura_jax.errors import UserError
 
 MASKS = ("causal", "bidirectional", "block")
 IMPLEMENTATIONS = ("xla", "cudnn")
+_QUERIES = 512  # of "xla", whose scores are held at a time: those of all would be most of a long row's memory
 
 
 def key_end(span_start_BxT: jax.Array, span_end_BxT: jax.Array, mask: str, chunk: int = 0) -> jax.Array:
@@ -54,7 +55,7 @@ def attention(
       UserError: for "cudnn" without an NVIDIA GPU or with 32-bit inputs: no other kernel is substituted.
     """
     B, T, H, K = q_BxTxHxK.shape
-    S, G = k_BxSxGxK.shape[1:3]
+    S = k_BxSxGxK.shape[1]
     factor = K**-0.5 if scale is None else scale
     in_reach_BxTxS = jnp.arange(S) < k_end_BxT[:, :, None]
     same_BxTxS = (q_segment_BxT[:, :, None] == k_segment_BxS[:, None, :]) & (q_segment_BxT[:, :, None] != 0)
@@ -71,6 +72,27 @@ def attention(
     if impl != "xla":
         raise UserError(f"unknown attention implementation {impl!r}: valid: {', '.join(IMPLEMENTATIONS)}")
 
+    n_chunks = -(-T // _QUERIES)
+    if n_chunks <= 1:
+        return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxTxS, factor)
+    size = -(-T // n_chunks)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, n_chunks * size - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, n_chunks, size, *x.shape[2:]), 1, 0)
+
+    # Rematerialised: the backward pass computes a chunk's scores anew rather than keeping those of all.
+    body = jax.checkpoint(lambda xs: _attend(xs[0], k_BxSxGxK, v_BxSxGxK, xs[1], factor))
+    out_NxBxTxHxK = jax.lax.map(body, (cut(q_BxTxHxK), cut(mask_BxTxS)))
+    return jnp.moveaxis(out_NxBxTxHxK, 0, 1).reshape(B, n_chunks * size, H, K)[:, :T]
+
+
+def _attend(
+    q_BxTxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, mask_BxTxS: jax.Array, factor: float
+) -> jax.Array:
+    """Attention that holds the scores of all these queries."""
+    B, T, H, K = q_BxTxHxK.shape
+    G = k_BxSxGxK.shape[2]
     q_BxTxGxRxK = q_BxTxHxK.reshape(B, T, G, H // G, K)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxSxGxK, preferred_element_type=jnp.float32)
     mask = mask_BxTxS[:, None, None]

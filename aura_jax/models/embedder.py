@@ -12,6 +12,7 @@ import numpy as np
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.whisper import ConvStem
+from aura_jax.sharding import keep_rows
 
 KINDS = ("stem", "patch")
 
@@ -78,7 +79,7 @@ class AudioEmbedder(nn.Module):
         valid_NxF = jnp.arange(x_NxFxW.shape[1]) < n_valid_N[:, None]
         x_NxFxW = jnp.where(valid_NxF[..., None], x_NxFxW, 0)
         x_NxFxW = jnp.pad(x_NxFxW, ((0, 0), (0, n_tokens * frames_per_token - x_NxFxW.shape[1]), (0, 0)))
-        x_NxAxW = x_NxFxW.reshape(n, n_tokens, -1)
+        x_NxAxW = keep_rows(x_NxFxW.reshape(n, n_tokens, -1))
         if c.kind == "patch":
             x_NxAxW = nn.Dense(c.width, dtype=self.dtype, name="patch")(x_NxAxW)
             x_NxAxW = x_NxAxW + jnp.asarray(sinusoids(n_tokens, c.width), self.dtype)
@@ -88,4 +89,4 @@ class AudioEmbedder(nn.Module):
         gain = self.param("gain", nn.initializers.ones, ())
         text_rms = self.param("text_rms", nn.initializers.constant(0.02), ())
         rms_NxAx1 = jnp.sqrt(jnp.mean(x_NxAxD**2, axis=-1, keepdims=True) + 1e-12)
-        return (x_NxAxD / rms_NxAx1 * (text_rms * gain)).astype(self.dtype)
+        return keep_rows((x_NxAxD / rms_NxAx1 * (text_rms * gain)).astype(self.dtype))

@@ -19,6 +19,7 @@ from flax import struct
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import attention
 from aura_jax.models.lora import LINEAR, Dense, LoRAConfig, matmul
+from aura_jax.sharding import keep_rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
@@ -248,11 +249,12 @@ class Block(nn.Module):
         self, carry: tuple[jax.Array, Cache | None, jax.Array], ctx: Context, tap_args: Any
     ) -> tuple[tuple[jax.Array, Cache | None, jax.Array], Any]:
         x_BxTxD, cache, block = carry
+        x_BxTxD = keep_rows(x_BxTxD)
         norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)
         kinds = (self.config, self.lora, self.dtype, self.param_dtype, self.matmul_dtype)
         a_BxTxD, cache = _Attention(*kinds, self.impl, name="attn")(norm("input_norm")(x_BxTxD), ctx, cache, block)
-        x_BxTxD = x_BxTxD + a_BxTxD
-        x_BxTxD = x_BxTxD + _MLP(*kinds, name="mlp")(norm("post_norm")(x_BxTxD), ctx.lora_mask_BxT)
+        x_BxTxD = keep_rows(x_BxTxD + a_BxTxD)
+        x_BxTxD = keep_rows(x_BxTxD + _MLP(*kinds, name="mlp")(norm("post_norm")(x_BxTxD), ctx.lora_mask_BxT))
         if self.tap is None:
             return (x_BxTxD, cache, block + 1), None
         h_BxQxD = x_BxTxD
@@ -314,7 +316,7 @@ class LLM(nn.Module):
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:
         """Returns the embeddings [B, T, D] of token ids."""
-        return self.token_embed(tokens_BxT)
+        return keep_rows(self.token_embed(tokens_BxT))
 
     def adapted_blocks(
         self, x_BxTxD: jax.Array, ctx: Context, cache: Cache | None = None, tap_args: Any = None

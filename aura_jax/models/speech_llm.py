@@ -16,6 +16,7 @@ from aura_jax.models.attention import MASKS, key_end
 from aura_jax.models.embedder import AudioEmbedder, EmbedderConfig
 from aura_jax.models.llm import LLM, Cache, Context, LLMConfig, Tap
 from aura_jax.models.lora import LoRAConfig
+from aura_jax.sharding import keep_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class SpeechLLM(nn.Module):
         audio_BxQxD = audio_BxKxAxD.reshape(audio_BxKxAxD.shape[0], -1, audio_BxKxAxD.shape[-1])
         source_BxTx1 = columns.audio_source_BxT[:, :, None]
         audio_BxTxD = jnp.take_along_axis(audio_BxQxD, jnp.maximum(source_BxTx1, 0), axis=1)
-        return jnp.where(source_BxTx1 >= 0, audio_BxTxD, self.llm.embed(columns.tokens_BxT))
+        return keep_rows(jnp.where(source_BxTx1 >= 0, audio_BxTxD, self.llm.embed(columns.tokens_BxT)))
 
     def embed_text(self, tokens_BxT: jax.Array) -> jax.Array:
         """Returns the embeddings [B, T, D] of plain text."""

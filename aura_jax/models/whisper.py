@@ -16,6 +16,7 @@ from flax import struct
 
 from aura_jax.errors import UserError
 from aura_jax.models.attention import attention
+from aura_jax.sharding import keep_rows
 
 # tap(h_BxPxD) -> pytree, stacked over blocks by the scan.
 Tap = Callable[[jax.Array], Any]
@@ -99,9 +100,9 @@ class ConvStem(nn.Module):
         )
         # Zeros beyond the end at every stage are what the convolutions' own padding supplies to a cut clip.
         x_BxFxM = _zero_after(mel_BxFxM.astype(self.dtype), n_frames_B)
-        x_BxFxD = _zero_after(nn.gelu(conv(1, "conv1")(x_BxFxM), approximate=False), n_frames_B)
+        x_BxFxD = keep_rows(_zero_after(nn.gelu(conv(1, "conv1")(x_BxFxM), approximate=False), n_frames_B))
         n_positions_B = None if n_frames_B is None else (n_frames_B + 1) // 2
-        return _zero_after(nn.gelu(conv(2, "conv2")(x_BxFxD), approximate=False), n_positions_B)
+        return keep_rows(_zero_after(nn.gelu(conv(2, "conv2")(x_BxFxD), approximate=False), n_positions_B))
 
 
 class _Attention(nn.Module):
@@ -167,9 +168,10 @@ class EncoderBlock(nn.Module):
         self.mlp = _MLP(c.width, c.encoder_mlp_width, *kinds)
 
     def __call__(self, x_BxPxD: jax.Array, k_end_BxP: jax.Array, q_segment_BxP: jax.Array) -> tuple[jax.Array, Any]:
+        x_BxPxD = keep_rows(x_BxPxD)
         y_BxPxD = self.attn_norm(x_BxPxD)
         x_BxPxD = x_BxPxD + self.attn(y_BxPxD, *self.attn.keys_values(y_BxPxD), k_end_BxP, q_segment_BxP)
-        x_BxPxD = x_BxPxD + self.mlp(self.mlp_norm(x_BxPxD))
+        x_BxPxD = keep_rows(x_BxPxD + self.mlp(self.mlp_norm(x_BxPxD)))
         return x_BxPxD, None if self.tap is None else self.tap(x_BxPxD)
 
 

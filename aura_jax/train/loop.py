@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.errors import UserError
 from aura_jax.models.lora import merge
-from aura_jax.train import null_space, objectives, teacher
+from aura_jax.train import null_space, stages, teacher
 from aura_jax.train import step as step_lib
 from aura_jax.train.evaluator import Evaluator
 from aura_jax.train.inputs import Inputs
@@ -111,14 +111,14 @@ class _Run:
         self._started = time.perf_counter()
         self._seconds_before = 0.0
         self.config, self.workdir, self.mesh, self.signals = config, workdir, mesh, signals
-        _check_rows(config, mesh)
+        stages.check_rows(config, mesh)
         self.built = system.build(config)
         self.stages = config_lib.stages(config)
         self.last_step = config_lib.total_steps(config)
         self.inputs = Inputs(self.built, workdir)
         self.variables = system.initial_variables(self.built, mesh)
         paths = set(sharding.flatten(self.variables))
-        self.rates = _rates_of_stages(config, self.stages, {p for p in paths if not p.startswith("teacher/")})
+        self.rates = stages.rates_of_stages(config, self.stages, {p for p in paths if not p.startswith("teacher/")})
         self.own = {p for p in paths if not p.startswith(("params/llm/", "teacher/"))}
         lora = self.built.model.config.lora
         assert lora is not None
@@ -278,7 +278,7 @@ class _Run:
         assert lora is not None
         adapters = self.variables.pop("lora")["llm"]
         self.variables["params"]["llm"] = merge(self.variables["params"]["llm"], adapters, lora)
-        self.own = _after_merge(self.own)
+        self.own = stages.after_merge(self.own)
 
     def _run_stage(
         self,
@@ -387,45 +387,6 @@ class _Run:
         best = self.checkpoints.best()
         if best is None or scores["wer"] <= best["validation"]["wer"]:
             self.checkpoints.save_best(step, self._own(state), {**self.meta, "validation": scores})
-
-
-def _check_rows(config: Config, mesh: Mesh) -> None:
-    """Raises UserError if the rows of a batch do not divide over the mesh and the micro-batches."""
-    devices = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
-    pieces = devices * config.train.accumulate
-    keys = ["batch_size"]
-    if any(step_lib.active_objectives(stage) & objectives.TEXT for _, stage in config_lib.stages(config)):
-        keys.append("text_rows")
-    for key in keys:
-        if config.data[key] % pieces:
-            raise UserError(
-                f"data.{key} {config.data[key]} is not a multiple of {pieces}: mesh.data x mesh.fsdp {devices}, "
-                f"train.accumulate {config.train.accumulate}"
-            )
-
-
-def _rates_of_stages(
-    config: Config, stages: Sequence[tuple[str, Config]], paths: Collection[str]
-) -> list[dict[str, float]]:
-    """Returns {path of a trained variable: multiplier of the rate} of every stage, from the paths of the first one."""
-    rates = []
-    for name, stage in stages:
-        if stage.merge_lora:
-            paths = _after_merge(paths)
-        try:
-            rates.append(sharding.learning_rates(paths, stage.trainable or config.trainable))
-        except UserError as error:
-            raise UserError(f"stage {name}: {error}") from error
-    return rates
-
-
-def _after_merge(paths: Collection[str]) -> set[str]:
-    """Returns paths with the kernels that LoRA was merged into in place of LoRA's."""
-    adapters = {path for path in paths if path.startswith("lora/")}
-    merged = {
-        path.replace("lora/", "params/", 1).removesuffix("/a") + "/kernel" for path in adapters if path.endswith("/a")
-    }
-    return set(paths) - adapters | merged
 
 
 def _due(every: int, step: int) -> bool:

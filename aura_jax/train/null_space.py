@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aura_jax import sharding
-from aura_jax.models.speech_llm import text_context
+from aura_jax.models.speech_llm import SpeechLLMConfig, text_context
 from aura_jax.system import System
 
 # Linears that read the same input share its moments and its basis.
@@ -44,8 +44,16 @@ def bases(system: System, params: dict, rows: Iterable[np.ndarray], energy: floa
     lora = system.model.config.lora
     assert total is not None and lora is not None
     found = {path.split("/")[-1]: np.asarray(x) for path, x in sharding.flatten(total).items()}
-    read = sorted({_INPUT[target] for target in lora.targets})
+    read = input_widths(system.model.config)
     return {name: _trailing(found[f"{name}_input"], energy, lora.rank) for name in read}
+
+
+def input_widths(config: SpeechLLMConfig) -> dict[str, int]:
+    """Returns the width I of every input that LoRA reads."""
+    assert config.lora is not None
+    llm = config.llm
+    widths = {"qkv": llm.width, "o": llm.n_heads * llm.head_width, "gate_up": llm.width, "down": llm.mlp_width}
+    return {name: widths[name] for name in sorted({_INPUT[target] for target in config.lora.targets})}
 
 
 def _moments(system: System, params: dict, tokens_MxL: jax.Array) -> Any:

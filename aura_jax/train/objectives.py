@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aura_jax import losses
+from aura_jax import losses, sharding
 from aura_jax.audio import augment, features
 from aura_jax.data.batch import Batch
 from aura_jax.models.llm import RMSNorm, Tap
@@ -176,12 +176,20 @@ def _speech_sums(system, variables, student, batch, active, keys_BxK, statistics
         blocks = {"sum": sum_N, "count": count_N}
     if "lm" in active:
         h_BxTxD, _ = model.apply(student, h_BxTxD, ctx, method="plain_blocks")
-        h_BxRxD = jnp.take_along_axis(h_BxTxD, batch.target_position_BxR[..., None], axis=1)
-        logits = lambda h: model.apply(student, h, method="logits")
+        h_BxRxD = sharding.keep_rows(jnp.take_along_axis(h_BxTxD, batch.target_position_BxR[..., None], axis=1))
+        whole = _with_whole_head(system, student)
+        logits = lambda h: model.apply(whole, h, method="logits")
         chunk = system.config.train.loss_chunk
         with jax.named_scope("lm_head"):
             out["lm"], _ = losses.cross_entropy(logits, h_BxRxD, batch.target_id_BxR, batch.target_weight_BxR, chunk)
     return out, blocks
+
+
+def _with_whole_head(system: System, student: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the student's variables with the LLM's head gathered: losses go through it chunk by chunk."""
+    path = "params/llm/embed/embedding" if system.model.config.llm.tied else "params/llm/lm_head/kernel"
+    head = sharding.flatten(student)[path]
+    return sharding.join({path: sharding.gathered(path, head)}, dict(student))
 
 
 def _targets(system, variables, batch, statistics) -> jax.Array:
@@ -213,7 +221,8 @@ def _text_sums(system, student, batch, active):
     if "text_kd" in active:
         h_MxLxD, _ = model.apply(student, h_MxLxD, ctx, method="plain_blocks")
         base_MxLxD, _ = model.apply(base, base_MxLxD, ctx, method="plain_blocks")
-        logits = lambda h: model.apply(student, h, method="logits")
+        whole = _with_whole_head(system, student)
+        logits = lambda h: model.apply(whole, h, method="logits")
         chunk = system.config.train.loss_chunk
         out["text_kd"], _ = losses.kl_divergence(logits, base_MxLxD, h_MxLxD, mask_MxL, chunk)
     return out

@@ -126,3 +126,20 @@ def test_no_kernel_is_substituted():
             call(*[x.astype(dtype)] * 3, impl="cudnn")
     with pytest.raises(UserError, match="unknown attention implementation 'flash': valid: xla, cudnn"):
         call(x, x, x, impl="flash")
+
+
+def test_rows_longer_than_a_chunk_of_queries_give_the_same(monkeypatch):
+    """Output and gradients, for a length that the chunks do not divide."""
+    args = [draw(2, 23, 4, 8), draw(2, 23, 2, 8, seed=1), draw(2, 23, 2, 8, seed=2)]
+    k_end = np.minimum(np.arange(23) + 4, 23)[None].repeat(2, 0)
+    segment = np.repeat([[0, 1, 1, 2], [1, 1, 2, 2]], [6, 6, 6, 5], axis=1)
+
+    def both(*args):
+        out = attention(*args, k_end, segment, segment)
+        return jnp.sum(jnp.sin(out)), out
+
+    grad = jax.grad(both, argnums=(0, 1, 2), has_aux=True)
+    expected = grad(*args)
+    monkeypatch.setattr("aura_jax.models.attention._QUERIES", 5)
+    for a, b in zip(jax.tree.leaves(grad(*args)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
