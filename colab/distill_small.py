@@ -20,7 +20,7 @@
 #
 # | runtime | takes | memory |
 # |---|---|---|
-# | two CPU cores | about 27 minutes | 5.5 GiB |
+# | two CPU cores | 27 minutes, 22 of them training | 5.5 GiB |
 # | T4 GPU | 10 to 15 minutes (an estimate, not measured) | 5 GiB of the GPU's (an estimate, not measured) |
 # | v5e-1 TPU | 10 to 15 minutes (an estimate, not measured) | 5 GiB of the TPU's (an estimate, not measured) |
 #

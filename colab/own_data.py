@@ -16,7 +16,7 @@
 #
 # | runtime | the demonstration takes | memory |
 # |---|---|---|
-# | two CPU cores | about 17 minutes | 5.5 GiB |
+# | two CPU cores | 22 minutes | 5.5 GiB |
 # | T4 GPU | about 10 minutes (an estimate, not measured) | 5 GiB of the GPU's (an estimate, not measured) |
 # | v5e-1 TPU | about 10 minutes (an estimate, not measured) | 5 GiB of the TPU's (an estimate, not measured) |
 #
@@ -280,15 +280,16 @@ display(notebook.table(("said", "heard before", "heard after"), rows))
 # ## Keep it
 #
 # The adapter, the audio embedder and what PyTorch needs to use them, in one file. `port_to_pytorch.ipynb` loads it, and
-# shows the other formats. On Colab, `from google.colab import files; files.download(archive)` brings it home.
+# shows the other formats. On Colab, `from google.colab import files; files.download(str(archive))` brings it home.
 
 # %%
 from aura_jax.exchange.export import export_run
 
 shutil.rmtree(WORKDIR / "peft", ignore_errors=True)
 export = export_run(WORKDIR, WORKDIR / "peft", "peft")
-archive = shutil.make_archive(str(export), "zip", export)
-print(f"{archive}: {Path(archive).stat().st_size / 1e6:.0f} MB")
+shutil.make_archive(str(export), "zip", export)
+archive = export.with_suffix(".zip")
+print(f"{archive}: {archive.stat().st_size / 1e6:.0f} MB")
 
 # %% [markdown]
 # ## Where to go

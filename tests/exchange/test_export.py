@@ -192,6 +192,7 @@ def test_an_output_that_is_not_free(workdir, tmp_path):
     assert export.export_run(workdir, tmp_path / "empty", "peft").is_dir()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(workdir, tmp_path):
     """The largest file that the process may write stands in for a disk that is full in mid-export."""
     arguments = [

@@ -37,6 +37,7 @@ def test_a_round_trip_is_bit_identical(exported, workdir, tmp_path, name):
             np.testing.assert_array_equal(two[key], value, err_msg=key)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_import(exported, tiny_whisper_dir, tmp_path, capsys):
     """An adapter that PEFT could have trained, then a step of training on it, all through the command line."""
     peft = tmp_path / "foreign"
