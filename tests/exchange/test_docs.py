@@ -10,6 +10,8 @@ import pytest
 from aura_jax.exchange.export import FORMATS
 from aura_jax.infer.generate import Generator, Request
 
+pytestmark = pytest.mark.slow  # every format is exported and loaded in torch
+
 PAGE = Path(__file__).parents[2] / "docs" / "pytorch.md"
 BLOCKS = dict(re.findall(r"<!-- tested: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
 CLIP = np.random.default_rng(0).normal(0, 0.1, 13_000).astype(np.float32)

@@ -12,6 +12,8 @@ from aura_jax.convert import random_models
 from aura_jax.errors import UserError
 from aura_jax.exchange import export, importing
 
+pytestmark = pytest.mark.slow  # each makes a run
+
 ROOT = Path(__file__).parents[2]
 SMOKE = f"--config={ROOT / 'configs' / 'smoke.py'}"
 
@@ -37,7 +39,6 @@ def test_a_round_trip_is_bit_identical(exported, workdir, tmp_path, name):
             np.testing.assert_array_equal(two[key], value, err_msg=key)
 
 
-@pytest.mark.slow
 def test_training_goes_on_from_an_import(exported, tiny_whisper_dir, tmp_path, capsys):
     """An adapter that PEFT could have trained, then a step of training on it, all through the command line."""
     peft = tmp_path / "foreign"

@@ -13,6 +13,8 @@ from aura_jax.exchange.torch.audio_embedder import AudioEmbedder, generate
 from aura_jax.exchange.torch.configuration_aura import AuraConfig
 from aura_jax.infer.generate import Generator, Request
 
+pytestmark = pytest.mark.slow  # every format is exported and loaded in torch
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_torch_thread():

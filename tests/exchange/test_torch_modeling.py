@@ -26,6 +26,8 @@ from aura_jax.models.lora import LoRAConfig
 from aura_jax.models.speech_llm import Columns, SpeechLLM, SpeechLLMConfig
 from aura_jax.sharding import flatten
 
+pytestmark = pytest.mark.slow  # three models are compiled in JAX and loaded in torch
+
 PARITY = 1e-4
 M, D, V = 8, 24, 40
 LLM = {

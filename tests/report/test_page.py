@@ -185,6 +185,7 @@ def test_a_minimal_dictionary_renders(report_data):
         assert page.ABSENT[section] in Parsed(html).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["missing", None])
 @pytest.mark.parametrize(
     "section",

@@ -14,6 +14,8 @@ from aura_jax.report import collect, run
 from aura_jax.train import loop
 from tests.train.conftest import write_manifest
 
+pytestmark = pytest.mark.slow  # a run is trained for them
+
 
 @pytest.fixture(scope="module")
 def finished(tiny_config, sample_data, tmp_path_factory) -> Path:
