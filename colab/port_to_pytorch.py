@@ -17,7 +17,7 @@
 #
 # | runtime | takes | memory |
 # |---|---|---|
-# | two CPU cores | about 2 minutes, 2 more to train | 5 GiB |
+# | two CPU cores | half a minute; without a run at hand, some minutes more to train one | 4.5 GiB |
 # | T4 GPU | about 3 minutes, 3 more to train (an estimate, not measured) | 4 GiB of the GPU's (an estimate) |
 # | v5e-1 TPU | about 3 minutes, 3 more to train (an estimate, not measured) | 4 GiB of the TPU's (an estimate) |
 
