@@ -19,7 +19,7 @@ from aura_jax.errors import UserError
 from aura_jax.models.align import layer_map
 from aura_jax.models.embedder import EmbedderConfig
 from aura_jax.models.llm import Context, LLMConfig
-from aura_jax.models.lora import LoRAConfig
+from aura_jax.models.lora import LoRAConfig, float_dtype
 from aura_jax.models.speech_llm import SpeechLLM, SpeechLLMConfig
 from aura_jax.models.whisper import WhisperConfig, WhisperEncoder
 
@@ -95,7 +95,8 @@ def build(config: Config) -> System:
         pairs = layer_map(config.distill.layer_map, lora.n_blocks, whisper.encoder_blocks, given)
     teacher = None
     if whisper is not None:
-        teacher = WhisperEncoder(whisper, dtype, param_dtype, attention_impl=config.model.attention)
+        floats = float_dtype(param_dtype, dtype)
+        teacher = WhisperEncoder(whisper, dtype, floats, attention_impl=config.model.attention)
     tokenizer = load_tokenizer(llm_dir)
     return System(
         config=config,
@@ -141,7 +142,9 @@ def load_tokenizer(directory: Path) -> Any:
 
 def _init(system: System, key: jax.Array) -> dict:
     """Draws every variable of the student at random, distillation heads included."""
-    model, c = system.model, system.model.config
+    student: Any = system.model
+    # No parameter depends on attention, and a shape may be asked for where its kernel cannot run.
+    model, c = student.clone(attention_impl="xla"), student.config
     keys = dict(zip(("params", "lora", "heads"), jax.random.split(key, 3), strict=True))
     tokens = jnp.zeros((1, 1), jnp.int32)
     ctx = Context(tokens, tokens + 1, tokens + 1, tokens + 1)
@@ -185,13 +188,23 @@ def abstract_variables(system: System) -> dict:
     return jax.eval_shape(functools.partial(_init, system), jax.random.key(0))
 
 
+def abstract_teacher(system: System) -> dict:
+    """Returns shapes and dtypes of the teacher's variables."""
+    assert system.teacher is not None and system.teacher_config is not None
+    encoder: Any = system.teacher
+    mel_1xFxM = jax.ShapeDtypeStruct((1, 2, system.teacher_config.n_mels), jnp.float32)
+    return jax.eval_shape(encoder.clone(attention_impl="xla").init, jax.random.key(0), mel_1xFxM)["params"]
+
+
 def load_llm(system: System, mesh: Mesh) -> dict:
-    """Reads the LLM's weights onto the mesh, every host only its part."""
+    """Reads the LLM's weights onto the mesh, every host only its part, quantised where they are held in int8."""
+    model = system.model
     return hf.load_llm(
         system.llm_dir,
-        system.model.config.llm,
-        n_adapted=system.model.config.lora.n_blocks if system.model.config.lora else 0,
-        dtype=system.model.param_dtype,
+        model.config.llm,
+        n_adapted=model.config.lora.n_blocks if model.config.lora else 0,
+        dtype=float_dtype(model.param_dtype, model.dtype),
+        int8=model.param_dtype == jnp.int8,
         sharding=_by_table(mesh, "params/llm/"),
     )
 

@@ -20,6 +20,7 @@ PLAN = {
     "whisper_large_v3_turbo_qwen3_8b": (LARGE, 4),
     "whisper_large_v3_llama_3_1_8b": (LARGE, 4),
     "whisper_small_qwen2_5_0_5b": (("v5e:1x1",), 4),
+    "whisper_small_qwen2_5_7b_int8": (("v5e:1x1",), 4),
 }
 
 

@@ -53,9 +53,10 @@ def default() -> Config:
             llm="",  # a directory, an asset's name, or hf://owner/name[@revision]
             teacher="",  # likewise, a Whisper
             dtype="float32",  # of the computation: float32 or bfloat16
-            param_dtype="float32",  # frozen weights are stored in this
+            # Frozen weights are stored in this. int8: the LLM's linears, one scale for each output; all else as dtype.
+            param_dtype="float32",
             matmul_dtype="",  # of the operands of products with the frozen weights of the LLM's blocks; "": as dtype
-            attention="xla",  # of LLM and teacher: xla or cudnn
+            attention="xla",  # of LLM and teacher: xla, cudnn, or splash (TPU; answers are decoded by xla)
             remat="none",  # none, dots, or full
             mask="bidirectional",  # inside an audio span: causal, bidirectional, or block
             chunk=0,  # tokens, for mask = block

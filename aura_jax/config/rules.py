@@ -136,6 +136,11 @@ def _validate_schedule(c: Config) -> None:
                 raise UserError(
                     "lora.scope 'audio' (PLoRA) acts at audio tokens only and cannot be merged: drop merge_lora"
                 )
+            if c.model.param_dtype == "int8":
+                raise UserError(
+                    f"train.stages.{name}: merge_lora, but int8 weights cannot take what LoRA learned: set "
+                    "model.param_dtype to bfloat16"
+                )
             merged = True
         if _TEXT_OBJECTIVES & _active(c.train.stages[name]):
             _validate_text_objectives(c, name, merged)

@@ -8,6 +8,7 @@ keys.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from aura_jax.convert import int8 as quantiser
 from aura_jax.errors import UserError
 from aura_jax.models.llm import LLM, Context, LLMConfig
 from aura_jax.models.lora import LoRAConfig
@@ -149,7 +151,13 @@ def load_whisper_config(directory: str | Path) -> WhisperConfig:
 
 
 def load_llm(
-    directory: str | Path, config: LLMConfig, *, n_adapted: int, dtype: Any, sharding: Sharding | None = None
+    directory: str | Path,
+    config: LLMConfig,
+    *,
+    n_adapted: int,
+    dtype: Any,
+    int8: bool = False,
+    sharding: Sharding | None = None,
 ) -> dict:
     """Reads an LLM's `params`.
 
@@ -157,6 +165,8 @@ def load_llm(
       directory: a Hugging Face directory.
       n_adapted: blocks that go to `adapted`; the rest goes to `plain`.
       dtype: of the leaves; the files may hold float32, float16 or bfloat16.
+      int8: kernels of linears are quantised to int8, with a float32 `kernel_scale` for each output beside them. For
+        its scales a host reads all inputs of the outputs that it holds.
       sharding: (path, shape) -> jax Sharding of that leaf; None: everything on the first local device.
 
     Returns:
@@ -168,7 +178,8 @@ def load_llm(
     expected = llm_shapes(config, n_adapted)
     prefix = AURA_LLM if is_aura(Path(directory)) else ""
     ignored = _IGNORED_ALWAYS + (_IGNORED_TIED if config.tied else ()) + (_IGNORED_IN_AURA if prefix else ())
-    return _load(Path(directory), expected, llm_sources(expected, n_adapted, prefix), ignored, dtype, sharding)
+    sources = llm_sources(expected, n_adapted, prefix)
+    return _load(Path(directory), expected, sources, ignored, dtype, sharding, int8)
 
 
 def load_whisper_encoder(
@@ -303,20 +314,24 @@ def _load(
     ignored: Sequence[str],
     dtype: Any,
     sharding: Sharding | None,
+    int8: bool = False,
 ) -> dict:
     if sharding is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         sharding = lambda path, shape: device
+    leaves: dict[str, jax.Array] = {}
     with contextlib.ExitStack() as stack:
         stored = _open(directory, stack)
         _check_keys(directory, stored, sources, ignored)
         _check_tensors(directory, stored, expected, sources)
-        leaves = {
-            path: jax.make_array_from_callback(
-                shape, sharding(path, shape), _reader(stored, sources[path], shape, np.dtype(dtype))
-            )
-            for path, shape in expected.items()
-        }
+        for path, shape in expected.items():
+            source = sources[path]
+            parts = {path: (shape, np.dtype(dtype), functools.partial(_read, stored, source))}
+            if int8 and path.endswith("/kernel"):
+                parts = _int8_parts(stored, source, path, shape)
+            for name, (dims, kind, read) in parts.items():
+                reader = _reader(read, source, dims, kind)
+                leaves[name] = jax.make_array_from_callback(dims, sharding(name, dims), reader)
     return unflatten(leaves)
 
 
@@ -391,8 +406,34 @@ def _check_tensors(
         raise UserError(f"{directory}: the weights do not fit config.json: {listed(wrong, '; ')}")
 
 
+def _read(stored: Mapping[str, Any], source: Source, key: str, slices: tuple[slice, ...]) -> np.ndarray:
+    """Returns a part of one block, in the order of our axes."""
+    value = stored[key][source.to_stored(slices)]
+    return value.transpose(source.axes) if source.axes else value
+
+
+def _int8_parts(stored: Mapping[str, Any], source: Source, path: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns of a kernel's leaf and that of its scales: path -> (shape, dtype, reader of a part of a block)."""
+
+    @functools.cache
+    def scale(key: str) -> np.ndarray:
+        return quantiser.scales(lambda columns: _read(stored, source, key, (slice(None), columns)), shape[-1])
+
+    def kernel(key: str, slices: tuple[slice, ...]) -> np.ndarray:
+        return quantiser.quantise(_read(stored, source, key, slices), scale(key)[slices[-1]])
+
+    scales = (*shape[:-2], shape[-1])
+    return {
+        path: (shape, np.dtype(np.int8), kernel),
+        f"{path}_scale": (scales, np.dtype(np.float32), lambda key, slices: scale(key)[slices[-1]]),
+    }
+
+
 def _reader(
-    stored: Mapping[str, Any], source: Source, shape: tuple[int, ...], dtype: np.dtype
+    read_block: Callable[[str, tuple[slice, ...]], np.ndarray],
+    source: Source,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
 ) -> Callable[[Any], np.ndarray]:
     """Returns the callback that reads one device's part of a leaf."""
     parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading of it
@@ -404,17 +445,13 @@ def _reader(
             part = np.empty([stop - start for start, stop in bounds], dtype)
             if source.stacked:
                 for row, key in enumerate(source.keys[slices[0]]):
-                    part[row] = _ordered(stored[key][source.to_stored(slices[1:])], source.axes)
+                    part[row] = read_block(key, slices[1:])
             else:
-                part[...] = _ordered(stored[source.keys[0]][source.to_stored(slices)], source.axes)
+                part[...] = read_block(source.keys[0], slices)
             parts[bounds] = part
         return parts[bounds]
 
     return read
-
-
-def _ordered(stored: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    return stored.transpose(axes) if axes else stored
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:

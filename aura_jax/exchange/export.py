@@ -6,6 +6,7 @@ holds the audio embedder, what a reader of audio needs to know (`audio_config.js
 template, readable torch sources that need nothing of this package, and a model card.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from aura_jax.convert import audio_embedder, hf, hf_write, peft
 from aura_jax.errors import UserError, nearest
 from aura_jax.exchange import card
 from aura_jax.exchange.folder import check_free, new_folder
-from aura_jax.models.lora import merge
+from aura_jax.models.lora import float_dtype, merge
 from aura_jax.sharding import flatten
 from aura_jax.system import System
 
@@ -49,7 +50,8 @@ def export_run(
     Args:
       format: one of `FORMATS`.
       which: "best" or "latest" checkpoint.
-      dtype: of the LLM's weights in `hf` and `merged`, one of `DTYPES`; None: as the run held them.
+      dtype: of the LLM's weights in `hf` and `merged`, one of `DTYPES`; None: as the run held them, or computed with
+        them if it held them in int8. What is written is then not int8, but the weights that it was made of.
       force: write `merged` for a run whose mask over audio a plain LLM runtime does not apply.
 
     Raises:
@@ -69,7 +71,9 @@ def export_run(
 
     built, variables = checkpoint.load_for_inference(workdir, which)
     about = describe(built, "lora" in variables, meta, step)
-    kind = dtype or built.config.model.param_dtype
+    kind = dtype or str(float_dtype(built.model.param_dtype, built.model.dtype))
+    if built.model.param_dtype == jnp.int8 and format != "peft":
+        variables["params"]["llm"] = _original_llm(built, kind)
     with new_folder(output) as folder:
         _write_reader(built, about, folder)
         if format == "hf":
@@ -181,6 +185,12 @@ def _write_peft(built: System, variables: Mapping[str, Any], folder: Path) -> No
     tensors = peft.to_tensors(flatten(variables["lora"]), peft.PREFIX, ".weight", zeros=False)
     _write_json(folder / peft.CONFIG, peft.adapter_config(tensors, lora, assets.published_name(built.config.model.llm)))
     save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
+
+
+def _original_llm(built: System, dtype: str) -> dict:
+    """Returns the LLM as its own files have it: a run on int8 weights never changes them."""
+    as_stored = dataclasses.replace(built, model=built.model.clone(param_dtype=jnp.dtype(dtype)))
+    return system.load_llm(as_stored, checkpoint.system_mesh(built.config))
 
 
 def _write_hf(built: System, variables: Mapping[str, Any], about: dict[str, Any], folder: Path, dtype: str) -> None:

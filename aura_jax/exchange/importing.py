@@ -39,6 +39,8 @@ def import_peft(directory: Path, workdir: Path, config_arguments: Sequence[str] 
     peft.load_config(directory)  # a mistaken directory, before all else
     about = _about(directory)
     config = _config(directory, about, config_arguments)
+    if about:
+        _check_dtypes(directory, config, about["run"]["model"])
     llm = system.build_llm_config(config)
     scope = about["lora"]["scope"] if about else "all"  # PEFT applies an adapter to every token
     lora, leaves = peft.load_adapter(directory, llm, scope)
@@ -134,6 +136,16 @@ def _config(directory: Path, about: Mapping[str, Any] | None, arguments: Sequenc
             "configs/own_speech.py"
         )
     return config_lib.override(config_lib.from_values(about["run"], directory / AUDIO_CONFIG), arguments)
+
+
+def _check_dtypes(directory: Path, config: Config, of_run: Mapping[str, Any]) -> None:
+    """Raises UserError if the LLM would be held in other dtypes than the run held it: its fingerprint would differ."""
+    for key in ("param_dtype", "dtype") if of_run["param_dtype"] == "int8" else ("param_dtype",):
+        if config.model[key] != of_run[key]:
+            raise UserError(
+                f"{directory} was trained on an LLM held with model.{key} {of_run[key]}, not {config.model[key]}: add "
+                f"--config.model.{key}={of_run[key]}"
+            )
 
 
 def _of_weights(about: Mapping[str, Any]) -> dict[str, Any]:

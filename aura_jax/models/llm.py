@@ -18,7 +18,7 @@ from flax import struct
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import attention
-from aura_jax.models.lora import LINEAR, Dense, LoRAConfig, matmul
+from aura_jax.models.lora import LINEAR, Dense, LoRAConfig, float_dtype, matmul
 from aura_jax.sharding import keep_rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -189,7 +189,8 @@ class _Attention(nn.Module):
             dense = _dense(self, name, n_heads * c.head_width, use_bias=c.qkv_bias)
             y_BxTxHxK = dense(x_BxTxD, ctx.lora_mask_BxT).reshape(B, T, n_heads, c.head_width)
             if c.qk_norm and name != "v":
-                y_BxTxHxK = RMSNorm(c.norm_eps, self.param_dtype, name=f"{name}_norm")(y_BxTxHxK)
+                norm_dtype = float_dtype(self.param_dtype, self.dtype)
+                y_BxTxHxK = RMSNorm(c.norm_eps, norm_dtype, name=f"{name}_norm")(y_BxTxHxK)
             return y_BxTxHxK
 
         angle_BxTxJ = ctx.position_BxT[:, :, None].astype(jnp.float32) * rope_frequencies(c)
@@ -250,7 +251,8 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, Cache | None, jax.Array], Any]:
         x_BxTxD, cache, block = carry
         x_BxTxD = keep_rows(x_BxTxD)
-        norm = lambda name: RMSNorm(self.config.norm_eps, self.param_dtype, name=name)
+        norm_dtype = float_dtype(self.param_dtype, self.dtype)
+        norm = lambda name: RMSNorm(self.config.norm_eps, norm_dtype, name=name)
         kinds = (self.config, self.lora, self.dtype, self.param_dtype, self.matmul_dtype)
         a_BxTxD, cache = _Attention(*kinds, self.impl, name="attn")(norm("input_norm")(x_BxTxD), ctx, cache, block)
         x_BxTxD = keep_rows(x_BxTxD + a_BxTxD)
@@ -268,6 +270,8 @@ class LLM(nn.Module):
 
     Attributes:
       lora: None for no adapters; its n_blocks says how many blocks are in the first scan.
+      dtype, param_dtype: of the computation, and of stored weights. int8 is for the linears alone, an untied head
+        included; norms, biases and embeddings are then in `dtype`.
       matmul_dtype: of the operands of products with frozen weights of blocks, summed in float32; None for `dtype`. On
         CPUs with bfloat16 units such products run at twice the speed of float32, while the residual stream stays
         float32. The head is not one of them: its operand would be a copy of the whole embedding table.
@@ -292,12 +296,13 @@ class LLM(nn.Module):
         c = self.config
         if not 0 <= self.n_adapted <= c.n_blocks:
             raise UserError(f"lora.n_blocks is {self.n_adapted}, but the LLM has {c.n_blocks} blocks")
-        self.token_embed = nn.Embed(c.vocab, c.width, dtype=self.dtype, param_dtype=self.param_dtype, name="embed")
+        floats = float_dtype(self.param_dtype, self.dtype)
+        self.token_embed = nn.Embed(c.vocab, c.width, dtype=self.dtype, param_dtype=floats, name="embed")
         if self.n_adapted:
             self.adapted = self._blocks(self.n_adapted, self.lora, self.tap)
         if self.n_adapted < c.n_blocks:
             self.plain = self._blocks(c.n_blocks - self.n_adapted, None, None)
-        self.final_norm = RMSNorm(c.norm_eps, self.param_dtype)
+        self.final_norm = RMSNorm(c.norm_eps, floats)
         if not c.tied:
             self.lm_head = Dense(c.vocab, False, None, self.dtype, self.param_dtype)
 

@@ -57,17 +57,27 @@ class LoRAConfig:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+def float_dtype(param_dtype: jnp.dtype, dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype of stored norms, biases and embeddings: int8 is for kernels alone, and the rest as computed."""
+    return dtype if param_dtype == jnp.int8 else param_dtype
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, axis: int = 0) -> jax.Array:
-    """Returns x [..., I] @ kernel in the dtype of x; operands are rounded to `dtype`, sums are float32.
+def matmul(
+    x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, axis: int = 0, scale_O: jax.Array | None = None
+) -> jax.Array:
+    """Returns x [..., I] @ kernel (* scale) in the dtype of x; operands are rounded to `dtype`, sums are float32.
 
     The gradient's products round their operands likewise: left to itself, jax would multiply a float32 cotangent by a
-    bfloat16 kernel, for which no backend has a kernel.
+    bfloat16 kernel, for which no backend has a kernel. An int8 kernel is exact in either dtype, and one scale for each
+    output is the same after the product as before it: the kernel is never dequantised but for the product's operand.
 
     Args:
       kernel: [I, O], or with `axis` 1 [O, I], such as an embedding table.
+      scale_O: float32, of an int8 kernel; None: 1. Neither of the two has a gradient.
     """
-    return _product(x, kernel, -1, axis, dtype).astype(x.dtype)
+    y = _product(x, kernel, -1, axis, dtype)
+    return (y if scale_O is None else y * scale_O).astype(x.dtype)
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype: jnp.dtype) -> jax.Array:
@@ -75,16 +85,18 @@ def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype: jnp.dt
     return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), axes, preferred_element_type=jnp.float32)
 
 
-def _matmul_forward(x, kernel, dtype, axis):
-    return matmul(x, kernel, dtype, axis), (x, kernel)
+def _matmul_forward(x, kernel, dtype, axis, scale_O):
+    return matmul(x, kernel, dtype, axis, scale_O), (x, kernel, scale_O)
 
 
 def _matmul_backward(dtype, axis, saved, dy):
-    x, kernel = saved
+    x, kernel, scale_O = saved
+    if scale_O is not None:
+        return _product(dy * scale_O, kernel, -1, 1 - axis, dtype).astype(x.dtype), None, None
     dx = _product(dy, kernel, -1, 1 - axis, dtype).astype(x.dtype)
     rows = lambda z: z.reshape(-1, z.shape[-1])
     operands = (rows(x), rows(dy)) if axis == 0 else (rows(dy), rows(x))
-    return dx, _product(*operands, 0, 0, dtype).astype(kernel.dtype)
+    return dx, _product(*operands, 0, 0, dtype).astype(kernel.dtype), None
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -96,7 +108,8 @@ class Dense(nn.Module):
     Attributes:
       features: width of the output.
       lora: None for a linear that is never adapted.
-      dtype, param_dtype: of the computation, and of the stored kernel and bias. A and B are stored in float32.
+      dtype, param_dtype: of the computation, and of the stored kernel and bias. A and B are stored in float32. An int8
+        kernel has a float32 `kernel_scale` for each output beside it, and a bias in `dtype`.
       matmul_dtype: of the operands of the product with the kernel; None for `dtype`.
     """
 
@@ -111,11 +124,16 @@ class Dense(nn.Module):
     def __call__(self, x_BxTxI: jax.Array, lora_mask_BxT: jax.Array | None = None) -> jax.Array:
         """Returns [B, T, features]; where `lora_mask_BxT` is given and False, the delta is absent."""
         n_in = x_BxTxI.shape[-1]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (n_in, self.features), self.param_dtype)
+        int8 = self.param_dtype == jnp.int8
+        # Nobody draws int8 weights: they are quantised as they are read.
+        init = nn.initializers.zeros if int8 else nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (n_in, self.features), self.param_dtype)
+        scale_O = self.param("kernel_scale", nn.initializers.ones, (self.features,), jnp.float32) if int8 else None
         x_BxTxI = x_BxTxI.astype(self.dtype)
-        y_BxTxO: Any = matmul(x_BxTxI, kernel, self.matmul_dtype or self.dtype)
+        y_BxTxO: Any = matmul(x_BxTxI, kernel, self.matmul_dtype or self.dtype, 0, scale_O)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            bias_dtype = float_dtype(self.param_dtype, self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), bias_dtype)
             y_BxTxO = y_BxTxO + bias.astype(self.dtype)
         if self.lora is None or not (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
             return checkpoint_name(y_BxTxO, LINEAR)

@@ -31,7 +31,11 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 def rates_of_stages(
     config: Config, stages: Sequence[tuple[str, Config]], paths: Collection[str]
 ) -> list[dict[str, float]]:
-    """Returns {path of a trained variable: multiplier of the rate} of every stage, from the paths of the first one."""
+    """Returns {path of a trained variable: multiplier of the rate} of every stage, from the paths of the first one.
+
+    Raises:
+      UserError: a row of a table matches nothing, or weights of an int8 LLM.
+    """
     rates = []
     for name, stage in stages:
         if stage.merge_lora:
@@ -40,6 +44,12 @@ def rates_of_stages(
             rates.append(sharding.learning_rates(paths, stage.trainable or config.trainable))
         except UserError as error:
             raise UserError(f"stage {name}: {error}") from error
+        base = next((path for path in rates[-1] if path.startswith("params/llm/")), None)
+        if base is not None and config.model.param_dtype == "int8":
+            raise UserError(
+                f"stage {name}: trainable matches {base}, but the LLM is held in int8, which cannot be trained: "
+                "set model.param_dtype to bfloat16"
+            )
     return rates
 
 

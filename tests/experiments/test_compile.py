@@ -302,6 +302,7 @@ def test_every_flagship_config_compiles_whole_for_eight_chips(name, capsys, tmp_
     """All of it but its rows, which are short: kernels for long ones take a compiler several times as long."""
     short = ["--config.data.batch_size=8", "--config.data.row_tokens=128", "--config.data.row_clips=1"]
     short += ["--config.data.max_seconds=2", "--config.train.loss_chunk=128", "--config.mesh.data=1"]
+    short += ["--config.train.accumulate=1"]
     argv = (f"--config={ROOT / 'configs' / name}.py", *short, "--config.mesh.fsdp=8", "--topology", "v6e:2x4")
     found = compiled(capsys, tmp_path, *argv)
     assert found["fits"] and found["stage"] == "joint" and found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}

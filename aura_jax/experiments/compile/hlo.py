@@ -232,15 +232,21 @@ class Module:
                 if operand != name or user.opcode in ("tuple", *COLLECTIVES):
                     continue
                 within = self._inside(user)
-                if within is not None:
-                    total += self._read_of(within, _parameter(within, number))
-                elif user.opcode == "bitcast":
+                if user.opcode == "bitcast" or _retiles(user, within):
                     total += self._read_of(inside, user.name)
+                elif within is not None:
+                    total += self._read_of(within, _parameter(within, number))
                 elif number == 0 and user.opcode in ("dynamic-slice", "slice", "gather"):
                     total += user.n_bytes
                 elif number != 0 or user.opcode != "dynamic-update-slice":
                     return math.inf
         return total
+
+
+def _retiles(x: Instruction, inside: Computation | None) -> bool:
+    """Whether a fusion inside of a fusion only sees an array in other tiles: a copy of it onto itself."""
+    in_place = "output_to_operand_aliasing={{}: (0, {})}" in x.rest
+    return in_place and inside is not None and any(y.is_root and y.opcode == "copy" for y in inside.values())
 
 
 def _inner(x: Instruction) -> list[str]:

@@ -88,9 +88,8 @@ def _variables(built: system.System, merged: bool) -> dict:
     variables = system.abstract_variables(built)
     if merged:
         variables.pop("lora")
-    if built.teacher is not None and built.teacher_config is not None:
-        mel_1xFxM = jax.ShapeDtypeStruct((1, 2, built.teacher_config.n_mels), jnp.float32)
-        variables["teacher"] = jax.eval_shape(built.teacher.init, jax.random.key(0), mel_1xFxM)["params"]
+    if built.teacher is not None:
+        variables["teacher"] = system.abstract_teacher(built)
     return variables
 
 
