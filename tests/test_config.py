@@ -167,9 +167,9 @@ def test_what_is_valid_passes():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.param_dtype", "int8", "unknown model.param_dtype 'int8'"),
+        ("model.param_dtype", "int4", "unknown model.param_dtype 'int4': did you mean 'int8'"),
         ("model.remat", "dot", "unknown model.remat 'dot': did you mean 'dots'?"),
-        ("model.attention", "flash", "unknown model.attention 'flash': valid: cudnn, xla"),
+        ("model.attention", "flash", "unknown model.attention 'flash': did you mean 'splash'?"),
         ("model.normalisation", "stream", "did you mean 'streaming'?"),
         ("teacher.window", "30", "unknown teacher.window '30'"),
         ("distill.loss", "cosin", "unknown distill.loss 'cosin': did you mean 'cosine'?"),

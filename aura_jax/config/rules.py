@@ -13,10 +13,10 @@ _TEXT_OBJECTIVES = {"text_anchor", "text_kd"}
 
 _ONE_OF = {
     "model.dtype": ("float32", "bfloat16"),
-    "model.param_dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16", "int8"),
     "model.matmul_dtype": ("", "float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": ("xla", "cudnn", "splash"),
     "model.normalisation": ("whisper", "streaming"),
     "teacher.window": ("unpadded", "30s"),
     "distill.loss": ("cosine", "mse", "nmse", "smooth_l1"),

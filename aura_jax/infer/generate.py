@@ -148,6 +148,9 @@ class Generator:
             raise UserError("lora.scope 'audio' acts at audio tokens only: text with adapters on does not exist")
         on_text = scope == "all" if adapters_on_text is None else adapters_on_text
         self.system = system
+        # The splash kernel reads queries by the hundred, and a step of decoding has one.
+        model: Any = system.model
+        self._model = model.clone(attention_impl="xla") if model.attention_impl == "splash" else model
         self.variables = variables
         self.shapes: set[tuple[str, int, int, int]] = set()
         self.batch_size = system.config.eval.batch_size if batch_size is None else batch_size
@@ -239,7 +242,7 @@ class Generator:
         return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
 
     def _program(self, lora: str, n_new: int) -> _Program:
-        return _Program(self.system.model, self._mesh, lora, n_new, self.system.config.model.normalisation)
+        return _Program(self._model, self._mesh, lora, n_new, self.system.config.model.normalisation)
 
     def _inputs(self, batch: Sequence[_Prompt], n_rows: int) -> _Inputs:
         n_prefix = _token_bucket(max(len(p.prefix) for p in batch))

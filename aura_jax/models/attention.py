@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from aura_jax.errors import UserError
+from aura_jax.models.splash import splash_attention
 
 MASKS = ("causal", "bidirectional", "block")
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _QUERIES = 512  # of "xla", whose scores are held at a time: those of all would be most of a long row's memory
 
 
@@ -32,6 +33,12 @@ def key_end(span_start_BxT: jax.Array, span_end_BxT: jax.Array, mask: str, chunk
     return jnp.minimum(chunk_end_BxT, span_end_BxT)
 
 
+def columns_ahead(mask: str, chunk: int, n_audio: int) -> int:
+    """Returns how many columns behind its own a query sees at most under `key_end`, in spans of up to `n_audio`."""
+    span = {"causal": 1, "bidirectional": n_audio, "block": min(chunk, n_audio)}[mask]
+    return max(span - 1, 0)
+
+
 def attention(
     q_BxTxHxK: jax.Array,
     k_BxSxGxK: jax.Array,
@@ -41,6 +48,7 @@ def attention(
     k_segment_BxS: jax.Array,
     impl: str = "xla",
     scale: float | None = None,
+    ahead: int | None = None,
 ) -> jax.Array:
     """Returns attention's output [B, T, H, K] in the dtype of `v`.
 
@@ -48,15 +56,19 @@ def attention(
     zeros. Softmax runs in float32. Grouped-query attention if G < H.
 
     Args:
-      impl: "xla", the reference on every backend, or "cudnn" (NVIDIA GPU, 16-bit inputs).
+      impl: "xla", the reference on every backend, "cudnn" (NVIDIA GPU, 16-bit inputs), or "splash" (TPU).
       scale: of the scores; K ** -0.5 if None.
+      ahead: a promise that `k_end[t] <= t + 1 + ahead`, by which "splash" passes over the keys behind; None: none.
 
     Raises:
-      UserError: for "cudnn" without an NVIDIA GPU or with 32-bit inputs: no other kernel is substituted.
+      UserError: for "cudnn" without an NVIDIA GPU or with 32-bit inputs, and for "splash" without a TPU or on a mesh
+        that splits the heads unevenly: no other kernel is substituted.
     """
     B, T, H, K = q_BxTxHxK.shape
     S = k_BxSxGxK.shape[1]
     factor = K**-0.5 if scale is None else scale
+    if impl == "splash":
+        return splash_attention(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, k_end_BxT, q_segment_BxT, k_segment_BxS, factor, ahead)
     in_reach_BxTxS = jnp.arange(S) < k_end_BxT[:, :, None]
     same_BxTxS = (q_segment_BxT[:, :, None] == k_segment_BxS[:, None, :]) & (q_segment_BxT[:, :, None] != 0)
     mask_BxTxS = in_reach_BxTxS & same_BxTxS

@@ -98,6 +98,7 @@ class Context:
       lora_mask_BxT: where the LoRA delta acts; None for everywhere.
       tap_position_BxQ: columns of the audio tokens that a tap sees; None for all columns.
       cache_start: scalar, the column of the cache that the first query is written to.
+      ahead: as `attention`.
     """
 
     position_BxT: jax.Array
@@ -107,6 +108,7 @@ class Context:
     lora_mask_BxT: jax.Array | None = None
     tap_position_BxQ: jax.Array | None = None
     cache_start: jax.Array | None = None
+    ahead: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
@@ -205,7 +207,14 @@ class _Attention(nn.Module):
             take = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, block, keepdims=False).astype(self.dtype)
             k_BxSxGxK, v_BxSxGxK = take(cache.k_LxBxSxGxK), take(cache.v_LxBxSxGxK)
         out_BxTxHxK = attention(
-            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, ctx.k_end_BxT, ctx.q_segment_BxT, ctx.k_segment_BxS, self.impl
+            q_BxTxHxK,
+            k_BxSxGxK,
+            v_BxSxGxK,
+            ctx.k_end_BxT,
+            ctx.q_segment_BxT,
+            ctx.k_segment_BxS,
+            self.impl,
+            ahead=ctx.ahead,
         )
         out_BxTxD = out_BxTxHxK.reshape(B, T, c.n_heads * c.head_width)
         _note_moment(self, "o", out_BxTxD)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from aura_jax.errors import UserError, nearest
-from aura_jax.models.attention import MASKS, key_end
+from aura_jax.models.attention import MASKS, columns_ahead, key_end
 from aura_jax.models.embedder import AudioEmbedder, EmbedderConfig
 from aura_jax.models.llm import LLM, Cache, Context, LLMConfig, Tap
 from aura_jax.models.lora import LoRAConfig
@@ -105,7 +105,7 @@ class SpeechLLM(nn.Module):
 
     def context(self, columns: Columns) -> Context:
         """Returns what the blocks need to know of the columns: the mask, and where LoRA acts."""
-        lora = self.config.lora
+        lora, mask, chunk = self.config.lora, self.config.mask, self.config.chunk
         lora_mask_BxT = None
         if lora is not None and lora.scope == "request":
             lora_mask_BxT = columns.request_audio_BxT
@@ -113,11 +113,12 @@ class SpeechLLM(nn.Module):
             lora_mask_BxT = columns.audio_source_BxT >= 0
         return Context(
             position_BxT=columns.position_BxT,
-            k_end_BxT=key_end(columns.span_start_BxT, columns.span_end_BxT, self.config.mask, self.config.chunk),
+            k_end_BxT=key_end(columns.span_start_BxT, columns.span_end_BxT, mask, chunk),
             q_segment_BxT=columns.segment_BxT,
             k_segment_BxS=columns.segment_BxT,
             lora_mask_BxT=lora_mask_BxT,
             tap_position_BxQ=columns.audio_position_BxKxA.reshape(columns.tokens_BxT.shape[0], -1),
+            ahead=columns_ahead(mask, chunk, columns.audio_position_BxKxA.shape[2]),
         )
 
     def adapted_blocks(
@@ -148,4 +149,4 @@ class SpeechLLM(nn.Module):
 def text_context(position_BxT: jax.Array, segment_BxT: jax.Array) -> Context:
     """Returns the context of plain text: causal within each segment, the LoRA delta (if there is one) everywhere."""
     k_end_BxT = jnp.broadcast_to(jnp.arange(1, segment_BxT.shape[1] + 1), segment_BxT.shape)
-    return Context(position_BxT, k_end_BxT, segment_BxT, segment_BxT)
+    return Context(position_BxT, k_end_BxT, segment_BxT, segment_BxT, ahead=0)
