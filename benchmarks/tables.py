@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from arms import RESULTS, spread
+from pods import PLAN
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / page for page in ("README.md", "benchmarks/README.md", "docs/performance.md", "docs/pytorch.md"))
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "benchmarks/README.md", "docs/performance.md", "docs/pods.md", "docs/pytorch.md")
+)
 _PLACE = re.compile(r"(<!-- table (\w+): python benchmarks/tables.py -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -176,6 +180,38 @@ def interop(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pods(results: dict[str, Any]) -> str:
+    """Returns the table of results/pods.json: a row a config and slice; empty where it was not compiled yet."""
+    found = results["results"]
+    planned = [f"{name} on {topology}" for name, (slices, _) in PLAN.items() for topology in slices]
+    head = ["config", "slice", "chips", "tokens a chip and step", "fits", "HBM of a chip, GiB"]
+    head += ["at best: s a step", "tokens a second", "share of the matmul peak", "bound by"]
+    lines = _head(head)
+    for key in dict.fromkeys([*planned, *found]):
+        name, _, topology = key.partition(" on ")
+        cells = [f"`{name}`", topology] + [""] * (len(head) - 2)
+        if key in found:
+            of = found[key]
+            cells[2:6] = [str(of["chips"]), f"{of['batch']['tokens_of_a_chip']:.0f}", *_fits(of)]
+        if key in found and found[key]["fits"]:
+            line = found[key]["roofline"]
+            cells[6:] = [f"{line['step_seconds']:.2f}", f"{line['tokens_a_second']:,.0f}"]
+            cells += [f"{100 * line['mfu']:.0f} %", line["bound"]]
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _fits(of: dict[str, Any]) -> tuple[str, str]:
+    """Whether a step fits, with what is missing and what to try, and the bytes of a chip."""
+    if not of["compiles"]:
+        return f"does not compile: {of['reason'][:100].replace('|', '/')}", ""
+    memory, gib = of["memory"], 2**30
+    if not of["fits"]:
+        needs = f"{memory['needs_at_least'] / gib:.1f} or more, of {memory['hbm'] / gib:.0f}"
+        return f"no, {memory['missing'] / gib:.1f} GiB too little: {of['mend']}", needs
+    return "yes", f"{memory['total'] / gib:.1f} of {memory['hbm'] / gib:.0f}"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quickstart": ("quickstart", quickstart),
     "forgetting": ("forgetting", forgetting),
@@ -187,6 +223,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "trials": ("step_trials", trials),
     "data": ("data", data),
     "interop": ("interop", interop),
+    "pods": ("pods", pods),
 }
 
 

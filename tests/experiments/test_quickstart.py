@@ -1,7 +1,6 @@
-"""The quickstart as a whole, through the command line, on random tiny models; and the local launcher."""
+"""The quickstart as a whole, through the command line, on random tiny models."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -181,11 +180,3 @@ def test_files_of_the_evaluation_are_read_before_training(tiny_config, tmp_path,
 
 def test_an_evaluation_without_text_needs_none():
     quickstart.check(config.default())
-
-
-def test_the_launcher_passes_a_users_mistake_on(tmp_path):
-    command = ["bash", "launch/local.sh", "configs/none.py", str(tmp_path / "run")]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-    assert run.returncode == 2
-    assert "configs/none.py" in run.stderr and len(run.stderr.strip().splitlines()) == 1
