@@ -6,3 +6,9 @@ import tempfile
 # transformers copies the code of an export to a cache before it imports it, and two processes may not share one.
 _modules = tempfile.TemporaryDirectory()
 os.environ["HF_MODULES_CACHE"] = _modules.name
+
+# Many tests compile the same programs. The workers of pytest-xdist inherit the variable, and so do the processes that
+# tests start; a fresh directory, so that no test passes by what an earlier version compiled.
+_compiled = tempfile.TemporaryDirectory()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
