@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from aura_jax import __version__, cache, libtpu
-from aura_jax.errors import UserError, nearest
+from aura_jax.errors import USER_MISTAKE, UserError, nearest
 from aura_jax.verbs import answers, bench, compile, exchange, materials, runs
-from aura_jax.verbs.verb import USER_MISTAKE, Verb
+from aura_jax.verbs.verb import Verb
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
 

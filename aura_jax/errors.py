@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+USER_MISTAKE = 2  # the exit code
+
 
 class UserError(Exception):
     """A mistake of the user's: its text is one line that names the culprit and the mend (exit code 2)."""

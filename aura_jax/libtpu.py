@@ -20,12 +20,17 @@ def installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def on_tpu_machine() -> bool:
+    """Whether this machine has TPU chips."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+
+
 def settle() -> None:
     """Has libtpu ask for no TPU VM where there is none: else it complains on standard error whenever jax starts.
 
     Variables that are set stay as they are. Call it before jax looks for devices.
     """
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if installed() and all(vendor.read_text().strip() != _GOOGLE for vendor in vendors):
+    if installed() and not on_tpu_machine():
         for name, value in _ANSWERS.items():
             os.environ.setdefault(name, value)

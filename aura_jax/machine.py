@@ -36,11 +36,11 @@ def environment() -> dict[str, Any]:
         "machine": describe(),
         "devices": f"{jax.device_count()} x {device.device_kind}",
         "hosts": jax.process_count(),
-        **versions(_PACKAGES),
+        **versions(),
     }
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
     """Returns the versions of Python and of those packages that are installed."""
     out = {"python": platform.python_version()}
     for name in packages:

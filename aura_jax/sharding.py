@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from aura_jax.data.batch import Part
 from aura_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -114,6 +115,14 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (axis 0 of every array of a batch) over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def part_of_host(mesh: Mesh, host: int) -> Part:
+    """Returns the rows of a batch that a host's devices hold; hosts that share a row's devices hold the same."""
+    n_blocks = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    devices = mesh.devices.reshape(n_blocks, -1)
+    mine = tuple(i for i, block in enumerate(devices) if any(device.process_index == host for device in block))
+    return Part(mine, n_blocks)
 
 
 def keep_rows(x: jax.Array) -> jax.Array:

@@ -98,7 +98,7 @@ def prepare(steps: dict[str, tuple[dict[str, float], dict[str, str]]]) -> dict[s
             trained, frozen = sharding.split(variables, rates)
             stage, active = config.stage(100, 1e-3, objectives), frozenset(objectives)
             step = step_lib.jit_step(built, stage, 0, rates, mesh)
-            batch = inputs.to_mesh(next(inputs.batches(active, 0)), mesh)
+            batch = inputs.to_mesh(next(inputs.batches(active, 0)))
             runs[name] = Run(built, step, frozen, step_lib.new_state(c, trained, 0, mesh), batch, active)
     return runs
 

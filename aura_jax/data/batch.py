@@ -14,11 +14,39 @@ What a padding column holds never matters: its segment is 0.
 
 from typing import Any, NamedTuple, TypeAlias
 
+from aura_jax.errors import UserError
+
 Array: TypeAlias = Any  # numpy on the host, a jax.Array once it is on the mesh
 
 
+class Part(NamedTuple):
+    """What a host reads of every batch: the blocks of rows that its devices hold.
+
+    Attributes:
+        blocks: their numbers, ascending. They need not be neighbours: the chips of a host are a square of a pod.
+        count: of equal blocks in a whole batch.
+    """
+
+    blocks: tuple[int, ...] = (0,)
+    count: int = 1
+
+    def rows(self, key: str, n_rows: int) -> list[int]:
+        """Returns which of `n_rows` rows these are.
+
+        Raises:
+            UserError: they do not divide into so many blocks; `key` of the configuration has their number.
+        """
+        if n_rows % self.count:
+            raise UserError(f"{key} {n_rows} is not a multiple of the {self.count} parts that devices take: change it")
+        size = n_rows // self.count
+        return [block * size + i for block in self.blocks for i in range(size)]
+
+
+WHOLE = Part()
+
+
 class Batch(NamedTuple):
-    """One batch, or one host's slice of it.
+    """One batch, or one host's part of it.
 
     Attributes:
         tokens_BxT: int32, token ids; 0 at audio and padding columns.

@@ -1,6 +1,6 @@
 """From a plan to batches: decoding, columns and reading ahead, with grain.
 
-A grain element is one host's slice of one whole batch, so that neither threads nor worker processes can change what is
+A grain element is one host's part of one whole batch, so that neither threads nor worker processes can change what is
 in a batch or in which order batches come; the position is the index of the next batch.
 """
 
@@ -20,7 +20,7 @@ from aura_jax.audio.augment import change_speed
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import AudioError, load_audio
 from aura_jax.data.assemble import Example, assemble
-from aura_jax.data.batch import Batch
+from aura_jax.data.batch import WHOLE, Batch, Part
 from aura_jax.data.plan import BatchPlan, Pick
 from aura_jax.data.sources import Source
 from aura_jax.data.text_pool import TextPool
@@ -44,7 +44,7 @@ def make_dataset(
     plan: BatchPlan,
     *,
     position: int = 0,
-    host: tuple[int, int] = (0, 1),
+    part: Part = WHOLE,
     teacher_store: TeacherStore | None = None,
     text_pool: TextPool | None = None,
     quarantine: Path | None = None,
@@ -62,7 +62,7 @@ def make_dataset(
         sources: those whose lengths the plan was made of, in the same order.
         plan: which rows are in which batch.
         position: index of the first batch wanted: a checkpoint's last position + 1.
-        host: (number, count): which slice of every batch (and of the text pool) this process gets.
+        part: what of every batch (and of the text pool) this process reads.
         teacher_store: fills `teacher_BxKxPxAxE`. None: the field is None.
         text_pool: fills `text_tokens_MxL` and `text_segment_MxL`. None: they are None.
         quarantine: a file (JSON lines) that each unreadable clip is added to, once.
@@ -73,10 +73,10 @@ def make_dataset(
         cache_bytes: decoded clips that each process keeps in memory, those that come first; 256 MiB hold 70 minutes.
 
     Raises:
-        UserError: the sources are not the plan's; the hosts do not divide the batch; the teacher store lacks a clip; a
-            shard is missing or cut off.
+        UserError: the sources are not the plan's; the batch does not divide into such parts; the teacher store lacks a
+            clip; a shard is missing or cut off.
     """
-    elements = _Batches(sources, plan, position, host, teacher_store, text_pool, quarantine, cache_bytes)
+    elements = _Batches(sources, plan, position, part, teacher_store, text_pool, quarantine, cache_bytes)
     dataset = grain.MapDataset.source(elements).to_iter_dataset(
         grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=max(n_threads, read_ahead))
     )
@@ -122,13 +122,13 @@ class _Batches:
         sources: Sequence[Source],
         plan: BatchPlan,
         position: int,
-        host: tuple[int, int],
+        part: Part,
         teacher_store: TeacherStore | None,
         text_pool: TextPool | None,
         quarantine: Path | None,
         cache_bytes: int,
     ):
-        self._sources, self._plan, self._first, self._host = list(sources), plan, position, host
+        self._sources, self._plan, self._first, self._part = list(sources), plan, position, part
         self._teacher_store, self._text_pool = teacher_store, text_pool
         self._quarantine = Quarantine(quarantine)
         self._decoded: dict[str, np.ndarray] = {}
@@ -138,7 +138,7 @@ class _Batches:
             raise UserError(f"the plan has {plan.n_rows} rows, its sources {sum(n_rows)}: plan the sources given here")
         self._first_rows = np.cumsum([0, *n_rows])
         if plan.n_batches is None:
-            plan.batch(position, host)
+            plan.batch(position, part)
         self._teacher_shape = None if teacher_store is None else self._find_teacher_shape(teacher_store)
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class _Batches:
         return sys.maxsize // 2 if n_batches is None else max(0, n_batches - self._first)
 
     def __getitem__(self, index: int) -> tuple[int, Batch]:
-        planned = self._plan.batch(self._first + int(index), self._host)
+        planned = self._plan.batch(self._first + int(index), self._part)
         rows = [[e for pick in picks if (e := self._example(pick)) is not None] for picks in planned.examples]
         batch = assemble(
             rows,
@@ -156,7 +156,7 @@ class _Batches:
             teacher_shape=self._teacher_shape,
         )
         if self._text_pool is not None:
-            tokens, segment = self._text_pool.batch(planned.index, self._host)
+            tokens, segment = self._text_pool.batch(planned.index, self._part)
             batch = batch._replace(text_tokens_MxL=tokens, text_segment_MxL=segment)
         return planned.index, batch
 

@@ -1,7 +1,7 @@
 """Which rows make up batch i: a pure function of (seed, epoch, index), so that the position in the data is one integer.
 
 The plan knows lengths only, no files. Every decision that the contents of a batch depend on (shuffling, source weights,
-the speed of each clip, length buckets, packing) is made here, for the whole batch, before any host takes its slice:
+the speed of each clip, length buckets, packing) is made here, for the whole batch, before any host takes its part:
 hosts, threads and workers cannot change the order.
 
 Letters beside those of `batch`: N rows of a source, V speeds.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aura_jax.audio.features import SAMPLE_RATE, encoder_samples, frames_per_token, n_audio_tokens
+from aura_jax.data.batch import WHOLE, Part
 from aura_jax.data.packing import Bins, first_fit
 from aura_jax.errors import UserError, nearest
 
@@ -54,7 +55,7 @@ class Pick(NamedTuple):
 class PlannedBatch(NamedTuple):
     """`examples[b]` are the examples of batch row b: one at most in the slot layout; none = a row of weight 0.
 
-    `shape.n_rows` counts the rows of the whole batch even where `examples` is one host's slice of it.
+    `shape.n_rows` counts the rows of the whole batch even where `examples` is a part of it.
     """
 
     index: int
@@ -197,29 +198,24 @@ class BatchPlan:
         """Batches of that epoch; in the packed layout epochs may differ."""
         return len(self._epoch(epoch).shapes)
 
-    def batch(self, index: int, host: tuple[int, int] = (0, 1)) -> PlannedBatch:
-        """Batch `index`, from 0, or the slice of it for `host` = (number, count).
+    def batch(self, index: int, part: Part = WHOLE) -> PlannedBatch:
+        """Batch `index`, from 0, or a part of its rows.
 
         Raises:
             IndexError: past the end of a sequential plan.
-            UserError: the count of hosts does not divide the batch size.
+            UserError: the batch does not divide into such parts.
         """
-        number, count = host
-        if self.batch_size % count:
-            raise UserError(
-                f"data.batch_size {self.batch_size} is not a multiple of the {count} hosts: use one that is"
-            )
+        wanted = part.rows("data.batch_size", self.batch_size)
         epoch_number, place = self._locate(index)
         epoch = self._epoch(epoch_number)
-        size = self.batch_size // count
-        first = place * self.batch_size + number * size
-        ends = epoch.ends[first : first + size].tolist()
-        starts = [int(epoch.ends[first - 1]) if first else 0, *ends[:-1]]
-        examples = tuple(
-            tuple(Pick(int(epoch.rows[e]), self.speeds[epoch.speeds[e]]) for e in range(start, end))
-            for start, end in zip(starts, ends, strict=True)
-        )
+        first = place * self.batch_size
+        examples = tuple(self._picks(epoch, first + i) for i in wanted)
         return PlannedBatch(index, epoch_number, self.shapes[epoch.shapes[place]], examples)
+
+    def _picks(self, epoch: _Epoch, row: int) -> tuple[Pick, ...]:
+        """The examples of a row, counted over all batches of the epoch."""
+        start, end = int(epoch.ends[row - 1]) if row else 0, int(epoch.ends[row])
+        return tuple(Pick(int(epoch.rows[e]), self.speeds[epoch.speeds[e]]) for e in range(start, end))
 
     def row_name(self, row: int) -> str:
         """What error messages call row `row`, numbered across the sources."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from aura_jax.data.batch import WHOLE, Part
 from aura_jax.data.manifest import json_lines
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
@@ -76,18 +77,15 @@ class TextPool:
                 )
         self._streams = [_joined(kind) for kind in documents]
 
-    def batch(self, index: int, host: tuple[int, int] = (0, 1)) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (text_tokens_MxL, text_segment_MxL), int32, of batch `index`, or the slice for host (number, count).
+    def batch(self, index: int, part: Part = WHOLE) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (text_tokens_MxL, text_segment_MxL), int32, of batch `index`, or a part of its rows.
 
         Raises:
-            UserError: the count of hosts does not divide M.
+            UserError: M does not divide into such parts.
         """
-        number, count = host
-        if self.n_rows % count:
-            raise UserError(f"data.text_rows {self.n_rows} is not a multiple of the {count} hosts: use one that is")
+        wanted = part.rows("data.text_rows", self.n_rows)
         rows = [self._row(kind, index * n + place) for kind, n in enumerate(self._kind_rows) for place in range(n)]
-        size = self.n_rows // count
-        mine = rows[number * size : (number + 1) * size]
+        mine = [rows[i] for i in wanted]
         return np.stack([tokens for tokens, _ in mine]), np.stack([segment for _, segment in mine])
 
     @property

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from aura_jax import hosts
 from aura_jax.data.manifest import Row
 from aura_jax.evaluate.run import evaluate_set
 from aura_jax.infer.generate import Generator
@@ -22,8 +23,9 @@ class Evaluator:
 
     def has(self, step: int) -> bool:
         """Whether that step was evaluated already, or there is nothing to evaluate it on."""
-        if not self._rows:
-            return True
+        return not self._rows or hosts.on_first(lambda: self._noted(step))
+
+    def _noted(self, step: int) -> bool:
         if not self._path.is_file():
             return False
         return any(json.loads(line)["step"] == step for line in self._path.read_text().splitlines())
@@ -38,9 +40,12 @@ class Evaluator:
             self._generator = Generator(built, variables)
         self._generator.variables = variables
         # A clip that broke since the run began must not end the run.
-        result = evaluate_set(self._generator, rows, name=f"validation at step {step}", skip_unreadable=True)
+        result = evaluate_set(
+            self._generator, rows, name=f"validation at step {step}", skip_unreadable=True, progress=hosts.is_first()
+        )
         shown = [{"reference": o.reference, "hypothesis": o.hypothesis} for o in result.outputs[:_SHOWN]]
-        with self._path.open("a") as out:
-            line = {"step": step, "n": len(result.outputs), "unreadable": result.unreadable, "samples": shown}
-            out.write(json.dumps(line) + "\n")
+        if hosts.is_first():
+            with self._path.open("a") as out:
+                line = {"step": step, "n": len(result.outputs), "unreadable": result.unreadable, "samples": shown}
+                out.write(json.dumps(line) + "\n")
         return {name: result.scores[name]["value"] for name in ("wer", "exact_match")}

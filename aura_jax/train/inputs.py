@@ -5,11 +5,11 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from aura_jax import sharding
+from aura_jax import checkpoint, hosts, sharding
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.config import Config
 from aura_jax.data.batch import Batch
@@ -37,11 +37,14 @@ class Inputs:
     """
 
     def __init__(self, built: System, workdir: Path):
-        self._built, self._workdir = built, workdir
+        self._built, self._workdir, self._mesh = built, workdir, checkpoint.system_mesh(built.config)
         c = built.config.data
         self.validation_rows: list[Row] = []
         self.remarks: list[str] = []
-        self._host = (jax.process_index(), jax.process_count())
+        self._part = sharding.part_of_host(self._mesh, jax.process_index())
+        # Of each host its own: not every file system lets several append to one file.
+        suffix = "" if hosts.is_first() else f"-{jax.process_index()}"
+        self._quarantine = workdir / f"quarantine{suffix}.jsonl"
         if not c.train:
             raise UserError("data.train is empty: give (manifest, passes per epoch) pairs")
         self._sources, self._weights = [], []
@@ -73,7 +76,8 @@ class Inputs:
         self.validation_rows += held_out
         shortest, longest = (round(seconds * SAMPLE_RATE) for seconds in (c.min_seconds, c.max_seconds))
         kept, samples = [], []
-        for row, n in zip(rows, clip_samples(rows, cache=self._workdir / "seconds.jsonl"), strict=True):
+        cache = self._workdir / "seconds.jsonl" if hosts.is_first() else None
+        for row, n in zip(rows, clip_samples(rows, cache=cache), strict=True):
             if row.audio is None or shortest <= n <= longest + ROUNDING:
                 kept.append(row)
                 samples.append(min(n, longest))  # reading cuts the clip to what is planned
@@ -127,10 +131,10 @@ class Inputs:
             sources,
             plan,
             position=start,
-            host=self._host,
+            part=self._part,
             teacher_store=store if "distill" in active else None,
             text_pool=self._text_pool if active & objectives.TEXT else None,
-            quarantine=self._workdir / "quarantine.jsonl",
+            quarantine=self._quarantine,
             n_threads=c.threads,
             n_workers=c.workers,
         )
@@ -154,15 +158,18 @@ class Inputs:
         _, plan = self._planned(audio_only="lm" not in active)
         return [plan.row_name(pick.row) for picks in plan.batch(index).examples for pick in picks]
 
-    def to_mesh(self, batch: Batch, mesh: Mesh) -> Batch:
+    @property
+    def share(self) -> float:
+        """The share of a batch's rows that this host reads."""
+        return len(self._part.blocks) / self._part.count
+
+    def to_mesh(self, batch: Batch) -> Batch:
         """Returns the global batch whose rows on this host are `batch`."""
-        rows = sharding.batch_sharding(mesh)
+        rows = sharding.batch_sharding(self._mesh)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
     def precompute_teacher(self, weights: dict, fingerprint: str) -> None:
         """Runs the teacher over every clip at every speed, once: later runs find the states in the cache."""
-        if jax.process_count() > 1:
-            raise UserError("teacher.precompute is for one host: set teacher.precompute=False")
         clips = [
             Clip(str(row.audio), int(n))
             for source in self._sources
@@ -171,9 +178,10 @@ class Inputs:
         ]
         _, plan = self._planned(audio_only=True)
         edges = sorted({shape.n_samples for shape in plan.shapes})
-        self._store = precompute(self._built, weights, clips, tuple(self._built.config.data.speeds), edges, fingerprint)
+        speeds = tuple(self._built.config.data.speeds)
+        self._store = precompute(self._built, weights, clips, speeds, edges, fingerprint, self._mesh)
 
-    def teacher_samples(self, weights: dict, mesh: Mesh, n_batches: int = 16) -> np.ndarray:
+    def teacher_samples(self, weights: dict, n_batches: int = 16) -> np.ndarray:
         """Returns teacher states [n, P, E] of many tokens: of the store, or else of the first batches of the plan.
 
         Raises:
@@ -181,21 +189,25 @@ class Inputs:
         """
         if self._store is not None:
             return self._store.sample()
-        states = jax.jit(lambda w, x, n: teacher_states(self._built, w, x, n))
+
+        def states(weights: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            B, K, S = batch.waveform_BxKxS.shape
+            waveform_NxS, n_samples_N = batch.waveform_BxKxS.reshape(B * K, S), batch.n_samples_BxK.reshape(-1)
+            h_NxPxAxE = teacher_states(self._built, weights, waveform_NxS, n_samples_N)
+            return jnp.moveaxis(h_NxPxAxE, 1, 2), objectives.audio_mask(self._built, batch).reshape(B * K, -1)
+
+        # Every host reads all of it.
+        run = jax.jit(states, out_shardings=sharding.replicated(self._mesh))
         out = []
-        bar = tqdm(self.batches(frozenset({"distill"}), 0, n_batches), total=n_batches, desc="target statistics")
-        for batch in bar:
-            whole = self.to_mesh(batch, mesh)
-            B, K, S = whole.waveform_BxKxS.shape
-            h = states(weights, whole.waveform_BxKxS.reshape(B * K, S), whole.n_samples_BxK.reshape(-1))
-            mask = objectives.audio_mask(self._built, whole).reshape(B * K, -1)
-            h, mask = (np.asarray(jax.device_get(x)) for x in (h, mask))
-            out.append(np.moveaxis(h, 1, 2)[mask > 0])
+        batches = self.batches(frozenset({"distill"}), 0, n_batches)
+        for batch in tqdm(batches, total=n_batches, desc="target statistics", disable=not hosts.is_first()):
+            h_NxAxPxE, mask_NxA = jax.device_get(run(weights, self.to_mesh(batch)))
+            out.append(h_NxAxPxE[mask_NxA > 0])
         states_nxPxE = np.concatenate(out)
         if not len(states_nxPxE):
             raise UserError(
                 f"distill.target_norm: no clip of the first {n_batches} batches can be read: "
-                f"{self._workdir / 'quarantine.jsonl'} says why"
+                f"{self._quarantine} says why"
             )
         return states_nxPxE
 

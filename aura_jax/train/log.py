@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from aura_jax import machine
+from aura_jax import hosts, machine
 
 
 class Log:
     """Writes to a workdir; on hosts other than the first, every method does nothing."""
 
     def __init__(self, workdir: Path, first_step: int, last_step: int):
-        self._on = jax.process_index() == 0
+        self._on = hosts.is_first()
         if not self._on:
             return
         workdir.mkdir(parents=True, exist_ok=True)

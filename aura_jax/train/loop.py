@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aura_jax import checkpoint, machine, sharding, system
+from aura_jax import checkpoint, hosts, machine, sharding, system
 from aura_jax import config as config_lib
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.config import Config
@@ -31,7 +31,7 @@ from aura_jax.train.inputs import Inputs
 from aura_jax.train.log import Log
 from aura_jax.train.profile import Profile
 from aura_jax.train.signals import Signals
-from aura_jax.train.workdir import claim
+from aura_jax.train.workdir import agree, claim
 
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
@@ -62,6 +62,7 @@ def train(config: Config, workdir: Path) -> Result:
         non-finite.
     """
     config_lib.validate(config)
+    agree(config)
     claim(workdir, config)
     mesh = checkpoint.system_mesh(config)
     with jax.set_mesh(mesh), Signals() as signals:
@@ -112,10 +113,10 @@ class _Run:
         self._seconds_before = 0.0
         self.config, self.workdir, self.mesh, self.signals = config, workdir, mesh, signals
         stages.check_rows(config, mesh)
-        self.built = system.build(config)
+        self.built = hosts.together(lambda: system.build(config))
         self.stages = config_lib.stages(config)
         self.last_step = config_lib.total_steps(config)
-        self.inputs = Inputs(self.built, workdir)
+        self.inputs = hosts.together(lambda: Inputs(self.built, workdir))
         self.variables = system.initial_variables(self.built, mesh)
         paths = set(sharding.flatten(self.variables))
         self.rates = stages.rates_of_stages(config, self.stages, {p for p in paths if not p.startswith("teacher/")})
@@ -195,7 +196,8 @@ class _Run:
             self.inputs.precompute_teacher(self.variables["teacher"], self.meta["teacher_fingerprint"])
         if distils and self.config.distill.target_norm == "standardise":
             path = self.workdir / "target_statistics.npz"
-            samples = None if path.is_file() else self.inputs.teacher_samples(self.variables["teacher"], self.mesh)
+            known = hosts.on_first(path.is_file)
+            samples = None if known else self.inputs.teacher_samples(self.variables["teacher"])
             statistics, baseline = teacher.statistics(samples, path)
             statistics = jax.device_put(statistics, sharding.replicated(self.mesh))
             self.constants = dataclasses.replace(self.constants, statistics=statistics)
@@ -304,7 +306,7 @@ class _Run:
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
-                arguments = (state, self.variables, self.constants, self.inputs.to_mesh(batch, self.mesh))
+                arguments = (state, self.variables, self.constants, self.inputs.to_mesh(batch))
                 profile.before(step, lambda a=arguments: run_step.lower(*a).compile().as_text())
                 state, out = run_step(*arguments)
                 if on_cpu:
@@ -320,7 +322,7 @@ class _Run:
                 # The first batch of a stage is read while nothing else can be done.
                 pending = _Taken(step + 1, out, batch, seconds, waited if step > start else 0.0)
                 last = step + 1 == end
-                stop = self.signals.received and not last
+                stop = self.signals.stop(step + 1) and not last
                 if last or stop or (step + 1) % c.checkpoint_every == 0 or _due(c.eval_every, step + 1):
                     metrics = self._report(active, pending, log)
                     pending = None
@@ -344,8 +346,8 @@ class _Run:
         skipped = int(values.pop("skipped_in_a_row"))
         values |= {
             "step_seconds": seconds,
-            "tokens_per_second": int((batch.segment_BxT != 0).sum()) * jax.process_count() / seconds,
-            "audio_seconds_per_second": int(batch.n_samples_BxK.sum()) / SAMPLE_RATE * jax.process_count() / seconds,
+            "tokens_per_second": int((batch.segment_BxT != 0).sum()) / self.inputs.share / seconds,
+            "audio_seconds_per_second": int(batch.n_samples_BxK.sum()) / SAMPLE_RATE / self.inputs.share / seconds,
             "peak_memory_gib": machine.peak_memory_gib(),
             "skipped": skipped,
         }
@@ -355,9 +357,10 @@ class _Run:
             log.record(step, values | {"steps_since_record": len(self._waits), "steps_that_waited": sum(self._waits)})
             self._waits.clear()
         if skipped:
-            rows = self.inputs.row_names(active, step - 1)
-            with (self.workdir / "nonfinite.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "rows": rows}) + "\n")
+            if hosts.is_first():
+                rows = self.inputs.row_names(active, step - 1)
+                with (self.workdir / "nonfinite.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": step, "rows": rows}) + "\n")
             if skipped >= self.config.train.max_skipped:
                 raise UserError(
                     f"gradients were not finite {skipped} steps in a row, up to step {step}: the rows are in "

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aura_jax import sharding
+from aura_jax import hosts, sharding
 from aura_jax.models.speech_llm import SpeechLLMConfig, text_context
 from aura_jax.system import System
 
@@ -45,7 +45,9 @@ def bases(system: System, params: dict, rows: Iterable[np.ndarray], energy: floa
     assert total is not None and lora is not None
     found = {path.split("/")[-1]: np.asarray(x) for path, x in sharding.flatten(total).items()}
     read = input_widths(system.model.config)
-    return {name: _trailing(found[f"{name}_input"], energy, lora.rank) for name in read}
+    # Of one host: a decomposition need not be the same to the bit everywhere.
+    trailing = lambda: {name: _trailing(found[f"{name}_input"], energy, lora.rank) for name in read}
+    return hosts.arrays_of_first(trailing)
 
 
 def input_widths(config: SpeechLLMConfig) -> dict[str, int]:

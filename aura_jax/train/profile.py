@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from aura_jax import hosts
+
 # Scopes of an operation's name, the innermost meaning first: what runs on plain text is not speech, whatever block.
 _PARTS = (
     ("optimizer", "optimizer"),
@@ -53,7 +55,7 @@ class Profile:
             return
         jax.profiler.stop_trace()
         program, self._program = self._program, None
-        if jax.process_index() == 0:
+        if hosts.is_first():
             newest = max((self._workdir / "profile").rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
             found = {"step": self._first + 1, **breakdown(newest, program)}
             (self._workdir / "profile.json").write_text(json.dumps(found, indent=1) + "\n")

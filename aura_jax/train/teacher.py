@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from aura_jax import cache
+from aura_jax import cache, hosts, sharding
 from aura_jax.audio import augment, features
 from aura_jax.audio.io import AudioError, load_audio, stamp
 from aura_jax.data.manifest import Row
@@ -28,6 +30,7 @@ from aura_jax.models.align import pool_frames
 from aura_jax.system import System
 
 _FORMAT = 1  # of what the cache holds: another number has every cache made again
+_ROWS = 16  # at a time, or as many as there are devices
 _READ_AHEAD = 4  # groups of decoded clips that wait for the teacher
 
 
@@ -118,12 +121,16 @@ def precompute(
     speeds: Sequence[float],
     sample_edges: Sequence[int],
     fingerprint: str,
+    mesh: Mesh,
 ) -> TeacherStore:
     """Runs the teacher over every clip at every speed, unless the cache holds the result already.
+
+    Every host reads every clip and keeps all states, unless hosts share a cache: whatever row it reads, they are there.
 
     Args:
       sample_edges: bucket sizes in samples: one compilation each.
       fingerprint: of the teacher's weights.
+      mesh: over which the clips are split.
 
     Raises:
       UserError: none of the clips can be read, or the buckets are longer than the teacher's window.
@@ -133,8 +140,8 @@ def precompute(
     what += [[clip.path, clip.n_samples, _stamp(clip.path)] for clip in clips]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     directory = cache.directory() / "teacher-states" / digest
-    if not directory.is_dir():
-        _run_teacher(system, weights, clips, speeds, sample_edges, directory)
+    if hosts.anywhere(not directory.is_dir()):
+        _run_teacher(system, weights, clips, speeds, sample_edges, mesh, directory)
     return TeacherStore(directory)
 
 
@@ -145,19 +152,25 @@ def _stamp(path: str) -> list[int]:
         return []  # the pipeline will quarantine it
 
 
-def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) -> None:
+def _run_teacher(system, weights, clips, speeds, sample_edges, mesh: Mesh, directory: Path) -> None:
     jobs = sorted(
         ((int(augment.speed_samples(clip.n_samples, speed)), clip, speed) for clip in clips for speed in speeds),
         key=lambda job: job[0],
     )
-    n_rows = 16
+    n_blocks = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    n_rows = -(-_ROWS // n_blocks) * n_blocks
     groups = [
         (edge, part[i : i + n_rows])
         for edge, low in zip(sample_edges, [0, *sample_edges], strict=False)
         for part in [[job for job in jobs if low < job[0] <= edge]]
         for i in range(0, len(part), n_rows)
     ]
-    states = jax.jit(lambda w, x, n: jnp.moveaxis(teacher_states(system, w, x, n), 1, 2).astype(jnp.float16))
+
+    def states(weights: dict, waveform_NxS: jax.Array, n_samples_N: jax.Array) -> jax.Array:
+        h_NxPxAxE = teacher_states(system, weights, sharding.keep_rows(waveform_NxS), n_samples_N)
+        return jnp.moveaxis(h_NxPxAxE, 1, 2).astype(jnp.float16)
+
+    run = jax.jit(states, out_shardings=sharding.replicated(mesh))
     unreadable: list[AudioError] = []
 
     def read(group: tuple[int, list]) -> tuple[np.ndarray, list[int]]:
@@ -174,9 +187,12 @@ def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) 
         return waveform_NxS, counts
 
     pieces, places, start = [], [], 0
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(jobs), desc="teacher", unit="clip") as bar:
+    with (
+        ThreadPoolExecutor(2) as pool,
+        tqdm(total=len(jobs), desc="teacher", unit="clip", disable=not hosts.is_first()) as bar,
+    ):
         for (_, part), (waveform_NxS, counts) in zip(groups, _read_ahead(pool, read, groups), strict=True):
-            out_NxAxPxE = np.asarray(states(weights, waveform_NxS, np.array(counts, np.int32)))
+            out_NxAxPxE = np.asarray(run(weights, waveform_NxS, np.array(counts, np.int32)))
             for (_, clip, speed), count, clip_AxPxE in zip(part, counts, out_NxAxPxE, strict=False):
                 if count:
                     n = int(features.n_audio_tokens(count, system.config.embedder.token_rate))
@@ -194,8 +210,11 @@ def _run_teacher(system, weights, clips, speeds, sample_edges, directory: Path) 
         finished.mkdir()
         for name in ("states.npy", "places.json"):
             os.replace(Path(partial) / name, finished / name)
-        if not directory.is_dir():
+        try:
             os.replace(finished, directory)
+        except OSError:
+            if not directory.is_dir():  # else another process was first
+                raise
 
 
 def _read_ahead(pool: ThreadPoolExecutor, read: Callable[[Any], Any], groups: Sequence) -> Iterator[Any]:
@@ -214,13 +233,23 @@ def statistics(states_nxPxE: np.ndarray | None, path: Path) -> tuple[dict[str, n
 
     They are written to `path`, and read from there when a run resumes: then `states_nxPxE` is None.
     """
-    if states_nxPxE is not None:
-        mean_PxE, std_PxE = states_nxPxE.mean(0), states_nxPxE.std(0) + 1e-3
-        norms = np.linalg.norm(states_nxPxE, axis=-1) * np.linalg.norm(mean_PxE, axis=-1)
-        baseline_P = (np.einsum("npe,pe->np", states_nxPxE, mean_PxE) / norms).mean(0)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            np.savez(file, mean=mean_PxE, std=std_PxE, baseline=baseline_P)
-        partial.replace(path)
-    with np.load(path) as values:
-        return {"mean": values["mean"], "std": values["std"]}, values["baseline"].tolist()
+
+    def take() -> dict[str, np.ndarray]:
+        if states_nxPxE is not None:
+            _write_statistics(states_nxPxE, path)
+        with np.load(path) as values:
+            return dict(values)
+
+    values = hosts.arrays_of_first(take)
+    return {"mean": values["mean"], "std": values["std"]}, values["baseline"].tolist()
+
+
+def _write_statistics(states_nxPxE: np.ndarray, path: Path) -> None:
+    mean_PxE, std_PxE = states_nxPxE.mean(0), states_nxPxE.std(0) + 1e-3
+    norms = np.linalg.norm(states_nxPxE, axis=-1) * np.linalg.norm(mean_PxE, axis=-1)
+    baseline_P = (np.einsum("npe,pe->np", states_nxPxE, mean_PxE) / norms).mean(0)
+    # Always the same name: what a killed run left of it, the next one overwrites.
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, mean=mean_PxE, std=std_PxE, baseline=baseline_P)
+    partial.replace(path)

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from aura_jax import config as config_lib
+from aura_jax import hosts, machine
 from aura_jax.config import Config
 from aura_jax.errors import UserError
 
@@ -26,12 +25,40 @@ _MAY_CHANGE = (
 )
 
 
+def agree(config: Config) -> None:
+    """Raises UserError, on every host, if one has another configuration or other versions than host 0."""
+    mine = {"config": json.loads(config_lib.to_json(config)), "version of": machine.versions()}
+    first = hosts.on_first(lambda: mine)
+
+    def compare() -> None:
+        for key in _differing(first, mine):
+            raise UserError(f"{key.replace('of.', 'of ')} differs from that of host 0: start all hosts with the same")
+
+    hosts.together(compare)
+
+
 def claim(workdir: Path, config: Config) -> None:
-    """Writes config.json; raises UserError if the workdir belongs to a run with another configuration.
+    """Writes config.json, by which a workdir belongs to a run.
 
     A workdir without a checkpoint belongs to no run yet: a mistake in the first attempt can be mended in place.
+
+    Raises:
+      UserError: it belongs to a run with another configuration, or not all hosts see it.
     """
+    hosts.on_first(lambda: _claim(workdir, config))
+
+    def look() -> None:
+        if not (workdir / "config.json").is_file():
+            raise UserError(
+                f"{workdir} is not there as host 0 wrote it: the workdir must be a folder that all hosts see"
+            )
+
+    hosts.together(look)
+
+
+def _claim(workdir: Path, config: Config) -> None:
     path, statistics = workdir / "config.json", workdir / "target_statistics.npz"
+    partial = path.with_suffix(".partial")
     checkpoints = workdir / "checkpoints"
     begun = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
     if path.is_file() and begun:
@@ -41,16 +68,14 @@ def claim(workdir: Path, config: Config) -> None:
             raise UserError(f"{workdir} belongs to a run with another {changed[0]}: choose another --workdir")
     elif path.is_file():
         statistics.unlink(missing_ok=True)
-    elif workdir.is_dir() and any(workdir.iterdir()) and not checkpoints.is_dir():
+    elif workdir.is_dir() and set(workdir.iterdir()) - {partial} and not checkpoints.is_dir():
         raise UserError(f"{workdir} is not empty and holds no run: choose another --workdir")
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(config_lib.to_json(config))
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(f"{workdir}: cannot be written ({error.strerror}): choose another --workdir") from error
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial.write_text(config_lib.to_json(config))
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be written ({error.strerror}): choose another --workdir") from error
 
 
 def _differing(old: Any, new: Any, prefix: str = "") -> Iterator[str]:

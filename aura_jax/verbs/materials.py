@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from aura_jax.errors import UserError
-from aura_jax.verbs.verb import USER_MISTAKE, Verb
+from aura_jax.errors import USER_MISTAKE, UserError
+from aura_jax.verbs.verb import Verb
 
 _MOST_PROCESSES = 16  # where none are asked for: a disk or a bucket takes no more
 _PACK_HELP = """\

@@ -40,9 +40,20 @@ def _quickstart(args: argparse.Namespace, config_arguments: Sequence[str]) -> in
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several hosts: the address of host 0")
+    parser.add_argument("--hosts", metavar="N", help="how many there are")
+    parser.add_argument("--host", metavar="I", help="the number of this one, from 0")
 
 
 def _train(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    from aura_jax import hosts
+
+    hosts.join(args.coordinator, args.hosts, args.host)
+    with hosts.ending_at_once():
+        return _train_here(args, config_arguments)
+
+
+def _train_here(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     from aura_jax import config
 
     of_run = args.workdir / "config.json"
@@ -156,7 +167,10 @@ VERBS = {
     "train": Verb(
         "train, or go on training, in a workdir",
         "Trains. The same command resumes a run that was stopped: SIGINT and SIGTERM save first, and the exit\n"
-        "code is then 75. Without --config=FILE, a run that was begun goes on with its own.\n\n" + CONFIG_HELP,
+        "code is then 75. Without --config=FILE, a run that was begun goes on with its own.\n\n"
+        "Several hosts train together when each runs this command in a workdir that all of them see. They find\n"
+        "each other under Slurm and on TPU slices; elsewhere by --coordinator, --hosts and --host, or by the\n"
+        "variables AURA_JAX_COORDINATOR, AURA_JAX_HOSTS and AURA_JAX_HOST.\n\n" + CONFIG_HELP,
         _train_arguments,
         _train,
         takes_config=True,

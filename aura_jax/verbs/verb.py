@@ -8,8 +8,6 @@ from pathlib import Path
 
 from aura_jax.errors import UserError
 
-USER_MISTAKE = 2  # the exit code
-
 CONFIG_HELP = """\
 config:
   --config=FILE           a Python file with get_config(), such as configs/quickstart.py

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from aura_jax.audio.augment import change_speed
 from aura_jax.audio.features import n_audio_tokens
 from aura_jax.audio.io import load_audio
+from aura_jax.data.batch import Part
 from aura_jax.data.manifest import load_manifest
 from aura_jax.data.pipeline import Quarantine, make_dataset
 from aura_jax.data.plan import BatchPlan
@@ -96,7 +97,7 @@ def test_hosts_threads_workers_and_position_change_nothing(rows, chat):
     resumed = take(4, sources, make_plan(sources), text_pool=pool, position=3)
     assert [position for position, _ in resumed] == [3, 4, 5, 6]
     assert_same([b for _, b in resumed], batches[3:])
-    hosts = [take(7, sources, plan, text_pool=pool, host=(host, 2)) for host in (0, 1)]
+    hosts = [take(7, sources, plan, text_pool=pool, part=Part((host,), 2)) for host in (0, 1)]
     for i, batch in enumerate(batches):
         joined = [
             None if one is None else np.concatenate([one, other])
@@ -195,8 +196,8 @@ def test_mistakes(rows, chat):
     sources = [make_source(rows, chat)]
     with pytest.raises(UserError, match="12 rows, its sources 24"):
         make_dataset([*sources, *sources], make_plan(sources))
-    with pytest.raises(UserError, match="3 hosts"):
-        make_dataset(sources, make_plan(sources), host=(0, 3))
+    with pytest.raises(UserError, match="3 parts"):
+        make_dataset(sources, make_plan(sources), part=Part((0,), 3))
     with pytest.raises(UserError, match="without rows"):
         make_source([], chat)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from aura_jax.audio.augment import speed_samples
 from aura_jax.audio.features import n_audio_tokens
+from aura_jax.data.batch import Part
 from aura_jax.data.plan import BatchPlan, Lengths
 from aura_jax.errors import UserError
 
@@ -87,7 +88,7 @@ def test_a_training_epoch(seed, n_rows, layout, weight, edges):
             check_fits(plan, lengths, batch)
             assert batch == again.batch(batch.index) and batch.epoch == epoch
             assert all(batch.examples)
-            halves = [plan.batch(batch.index, (host, 2)) for host in (0, 1)]
+            halves = [plan.batch(batch.index, Part((host,), 2)) for host in (0, 1)]
             assert halves[0].examples + halves[1].examples == batch.examples
             assert halves[0].shape == halves[1].shape == batch.shape
 
@@ -221,8 +222,8 @@ def test_arguments_that_contradict_each_other(changes, message):
 def test_no_rows_and_odd_hosts_are_refused():
     with pytest.raises(UserError, match="no rows"):
         make_plan([])
-    with pytest.raises(UserError, match="3 hosts"):
-        make_plan([make_lengths(0, 40)]).batch(0, (0, 3))
+    with pytest.raises(UserError, match="3 parts"):
+        make_plan([make_lengths(0, 40)]).batch(0, Part((0,), 3))
 
 
 def test_a_bucket_may_end_within_a_token():

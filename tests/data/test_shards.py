@@ -11,6 +11,7 @@ from aura_jax import cli
 from aura_jax.audio import records
 from aura_jax.audio.io import load_audio
 from aura_jax.data import shards, validate
+from aura_jax.data.batch import Part
 from aura_jax.data.manifest import clip_samples, load_manifest
 from aura_jax.data.pack import pack
 from aura_jax.data.pipeline import make_dataset
@@ -112,12 +113,12 @@ def test_a_host_reads_the_records_of_its_rows_only(packed, chat, tmp_path, monke
     sources = [make_source(rows, chat)]
     plan = make_plan(sources, sequential=True, speeds=(1.0,))
     original = records.read
-    for host in ((0, 2), (1, 2)):
+    for part in (Part((0,), 2), Part((1,), 2)):
         read = []
         monkeypatch.setattr(records, "read", lambda source, read=read: read.append(source) or original(source))
-        with make_dataset(sources, plan, host=host, quarantine=tmp_path / "q.jsonl") as dataset:
+        with make_dataset(sources, plan, part=part, quarantine=tmp_path / "q.jsonl") as dataset:
             assert len(list(dataset)) == plan.n_batches
-        examples = [plan.batch(i, host).examples for i in range(plan.n_batches)]
+        examples = [plan.batch(i, part).examples for i in range(plan.n_batches)]
         mine = [rows[pick.row].audio for batch in examples for picks in batch for pick in picks]
         assert sorted(read) == sorted(audio for audio in mine if audio)
 

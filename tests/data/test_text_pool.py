@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from aura_jax.data.batch import Part
 from aura_jax.data.prompts import CHATML, ChatFormat
 from aura_jax.data.text_pool import Documents, TextPool, load_documents
 from aura_jax.errors import UserError
@@ -55,10 +56,11 @@ def test_it_is_pure_and_sliced_by_host():
     whole = make(3).batch(17)
     np.testing.assert_array_equal(whole, make(3).batch(17))
     assert not np.array_equal(whole, make(4).batch(17))
-    halves = [make(3).batch(17, (host, 2)) for host in (0, 1)]
+    halves = [make(3).batch(17, Part((host,), 2)) for host in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
-    with pytest.raises(UserError, match=r"data\.text_rows 4 is not a multiple of the 3 hosts"):
-        make(3).batch(0, (0, 3))
+    np.testing.assert_array_equal(make(3).batch(17, Part((0, 3), 4)), np.asarray(whole)[:, [0, 3]])
+    with pytest.raises(UserError, match=r"data\.text_rows 4 is not a multiple of the 3 parts"):
+        make(3).batch(0, Part((0,), 3))
 
 
 def test_without_a_share_chat_has_a_row_at_least():

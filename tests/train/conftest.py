@@ -55,7 +55,7 @@ def make_run(tmp_path):
         active = frozenset(name for name, weight in c.train.stages.only.objectives.items() if weight)
         batch = next(inputs.batches(active, 0))
         variables = system.initial_variables(built, mesh)
-        return built, variables, inputs.to_mesh(batch, mesh), mesh
+        return built, variables, inputs.to_mesh(batch), mesh
 
     return make
 

@@ -47,7 +47,7 @@ def reference(tiny_config, sample_data, tmp_path_factory):
     mesh, built = checkpoint.system_mesh(c), system.build(c)
     assert built.pairs == ((0, 0), (1, 1))
     inputs = Inputs(built, tmp)
-    batch = inputs.to_mesh(next(inputs.batches(frozenset({"distill"}), 0)), mesh)
+    batch = inputs.to_mesh(next(inputs.batches(frozenset({"distill"}), 0)))
     rng = np.random.default_rng(0)
     flat = sharding.flatten(system.initial_variables(built, mesh))
     for path, x in flat.items():

@@ -142,7 +142,7 @@ def test_the_cache_tells_dtypes_and_formats_apart(make_config, tmp_path, monkeyp
 
 
 def test_without_a_readable_clip_there_is_one_line(make_config, tmp_path, monkeypatch):
-    built, weights, inputs = prepare(make_config, tmp_path, monkeypatch)
+    _, weights, inputs = prepare(make_config, tmp_path, monkeypatch)
 
     def broken(path):
         raise AudioError(f"{path}: broken: record it again")
@@ -152,7 +152,7 @@ def test_without_a_readable_clip_there_is_one_line(make_config, tmp_path, monkey
     with pytest.raises(UserError, match=r"none of 24 clips can be read; the first: .*broken"):
         inputs.precompute_teacher(weights, "abc")
     with pytest.raises(UserError, match=r"no clip of the first 2 batches .*quarantine\.jsonl says why"):
-        inputs.teacher_samples(weights, checkpoint.system_mesh(built.config), n_batches=2)
+        inputs.teacher_samples(weights, n_batches=2)
 
 
 def test_few_groups_are_decoded_ahead_of_the_teacher():

@@ -78,7 +78,7 @@ def of_run(c: Config, directory: Path, per_bucket: int) -> Case:
         inputs = Inputs(built, directory)
         if c.teacher.precompute:
             inputs.precompute_teacher(variables["teacher"], checkpoint.fingerprint(variables["teacher"]))
-        samples = inputs.teacher_samples(variables["teacher"], mesh)
+        samples = inputs.teacher_samples(variables["teacher"])
         found, _ = statistics(samples, directory / "target_statistics.npz")
         kept: dict[str, tuple[str, Batch]] = {}
         steps: dict[str, collections.Counter[float]] = {}
