@@ -1,26 +1,34 @@
-"""Checkpoints of what a run trains: asynchronous, on any mesh, and proven intact by fingerprints.
+"""Checkpoints of what a run trains: asynchronous, on any mesh, and proven intact by checksums.
 
 A workdir holds `config.json`, `checkpoints/STEP` (the newest), `best/STEP` (the best by periodic evaluation, only its
-trained variables), and what else a run writes. Frozen weights are in no checkpoint; their fingerprints are.
+trained variables), and what else a run writes. Frozen weights are in no checkpoint; their fingerprints are. When a run
+resumes, a checkpoint that was cut short or altered is found, moved to `corrupt/STEP`, and the one before is used.
 """
 
+import contextlib
+import json
+import os
+import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from aura_jax import config as config_lib
-from aura_jax import sharding, system
+from aura_jax import hosts, sharding, system
 from aura_jax.config import Config
 from aura_jax.errors import UserError
 
 # What may differ between the machine that trained and the one that answers.
 INFERENCE_KEYS = ("mesh.", "model.attention", "eval.")
+
+_PIECE = 1 << 24  # bytes, or numbers, that are looked at at once on a host
 
 
 @jax.jit
@@ -34,14 +42,38 @@ def _bits_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
 
 
+def _bits_sum_on_host(x: np.ndarray) -> int:
+    """Returns what `_bits_sum` does, without a device."""
+    bits, total = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}"), 0
+    for start in range(0, bits.size, _PIECE):
+        piece = bits[start : start + _PIECE].astype(np.uint32)
+        index = np.arange(start, start + piece.size, dtype=np.uint64).astype(np.uint32)
+        total += int(np.sum(piece * (2 * index + 1), dtype=np.uint32))
+    return total % (1 << 32)
+
+
+def _bits_sums(tree: Any) -> Iterator[tuple[str, int]]:
+    """Yields (path, `_bits_sum`) of the leaves of a tree in the order of their paths, computed where they are."""
+    for path, leaf in sorted(sharding.flatten(tree).items()):
+        yield path, _bits_sum_on_host(leaf) if isinstance(leaf, np.ndarray) else int(_bits_sum(leaf))
+
+
 def fingerprint(tree: Any) -> str:
-    """Returns eight hexadecimal digits that identify the leaves of a tree, their bits and their paths.
+    """Returns eight hexadecimal digits by which a tree of weights is known: their bits and their paths.
 
     The same on every mesh and number of hosts; computed where the arrays are, one leaf at a time.
     """
     total = 0
-    for path, leaf in sorted(sharding.flatten(tree).items()):
-        total = (total * 31 + zlib.crc32(path.encode()) * (int(_bits_sum(leaf)) | 1)) % (1 << 32)
+    for path, bits in _bits_sums(tree):
+        total = (total * 31 + zlib.crc32(path.encode()) * (bits | 1)) % (1 << 32)
+    return f"{total:08x}"
+
+
+def _checksum(tree: Any) -> str:
+    """Returns eight hexadecimal digits that no change of one bit leaves as they are, as it may a fingerprint."""
+    total = 0
+    for path, bits in _bits_sums(tree):
+        total = zlib.crc32(f"{path} {bits:08x} ".encode(), total)
     return f"{total:08x}"
 
 
@@ -50,42 +82,77 @@ class Checkpoints:
 
     A checkpoint has three items: `own` (by path, every variable that is no base weight, and base weights that were
     trained), `rest` (all else that a step changes) and `meta`.
+
+    Attributes:
+      remarks: lines worth telling: which checkpoints `newest` found to be damaged.
     """
 
     def __init__(self, workdir: Path, config: Config):
-        c = config.train
+        self._workdir, self._keep, self._keep_every = workdir, config.train.keep, config.train.keep_every
+        self.remarks: list[str] = []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=c.keep, keep_period=c.keep_every or None, enable_async_checkpointing=True
+            max_to_keep=self._keep,
+            keep_period=self._keep_every or None,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
         )
         self._latest = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
-        self._best = _best_manager(workdir)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        self._best = ocp.CheckpointManager((workdir / "best").absolute(), options=options)
 
     def save(self, step: int, own: Any, rest: Any, meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; `meta` is JSON. A step that is there already is left as it is."""
         if step in self._latest.all_steps():
             return
-        meta = {**meta, "own": _dtypes(own), "fingerprints": {"own": fingerprint(own), "rest": fingerprint(rest)}}
-        self._latest.save(
-            step,
-            args=ocp.args.Composite(
-                own=ocp.args.StandardSave(own),
-                rest=ocp.args.StandardSave(rest),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        self._latest.save(step, args=_composite(meta, own=own, rest=rest))
 
     def save_best(self, step: int, own: Any, meta: Mapping[str, Any]) -> None:
         """Replaces the best checkpoint by this one; one of the same step, from before a resume, is the same."""
         if step in self._best.all_steps():
             return
-        meta = {**meta, "own": _dtypes(own), "fingerprints": {"own": fingerprint(own)}}
-        args = ocp.args.Composite(own=ocp.args.StandardSave(own), meta=ocp.args.JsonSave(meta))
-        self._best.save(step, args=args, force=True)
+        self._best.save(step, args=_composite(meta, own=own), force=True)
 
     def newest(self) -> tuple[int, dict] | None:
-        """Returns the newest step and its meta; None in a fresh workdir."""
-        step = self._latest.latest_step()
+        """Returns the newest step whose checkpoint is intact, and its meta; None in a fresh workdir.
+
+        Newer ones, which are damaged, are moved to `corrupt/`, as is a damaged best one. Older ones that a killed run
+        was about to delete are deleted. Host 0 does both, and reads whole checkpoints for it.
+
+        Raises:
+          UserError: there are checkpoints, but none is intact; or one that cannot be read, which is no damage.
+        """
+        found = hosts.on_first(self._put_in_order)
+        self.remarks = found["remarks"]
+        for manager in (self._latest, self._best):
+            manager.reload()
+        step = found["step"]
         return None if step is None else (step, _meta(self._latest, step))
+
+    def _put_in_order(self) -> dict[str, Any]:
+        """Returns the newest intact step, and what to say; host 0's part of `newest`."""
+        step, damaged = _newest_intact(self._latest)
+        if damaged and step is None:
+            (_, reason), *_ = damaged.items()
+            raise UserError(
+                f"{self._latest.directory}: no checkpoint is intact (the newest: {reason}): put back a copy of one, or "
+                "start over with another --workdir"
+            )
+        best, damaged_best = _newest_intact(self._best)
+        remarks = []
+        for manager, steps, name in ((self._latest, damaged, ""), (self._best, damaged_best, "best-")):
+            for wrong, reason in steps.items():
+                aside = _move_aside(_folder(manager, wrong), self._workdir / "corrupt" / f"{name}{wrong}")
+                remarks.append(f"checkpoint {_folder(manager, wrong)} is damaged ({reason}): moved to {aside}")
+        older = sorted(s for s in self._latest.all_steps() if step is not None and s < step)
+        kept = {s for s in older if self._keep_every and s % self._keep_every == 0}
+        kept |= set([*older, step][-self._keep :])
+        for wanted_not in set(older) - kept:
+            shutil.rmtree(_folder(self._latest, wanted_not))
+        for wanted_not in (s for s in self._best.all_steps() if best is not None and s < best):
+            shutil.rmtree(_folder(self._best, wanted_not))
+        return {"step": step, "remarks": remarks}
 
     def best(self) -> dict | None:
         """Returns the meta of the best checkpoint; None if there is none yet."""
@@ -109,25 +176,147 @@ def _dtypes(own: Mapping[str, jax.Array]) -> dict[str, str]:
     return {path: str(leaf.dtype) for path, leaf in sorted(own.items())}
 
 
-def _best_manager(workdir: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((workdir / "best").absolute(), options=options)
+def _composite(meta: Mapping[str, Any], **items: Any) -> ocp.args.Composite:
+    """Returns what to save: the items, and `meta` with their checksums and its own."""
+    meta = {**meta, "own": _dtypes(items["own"])}
+    checksums = {name: _checksum(value) for name, value in items.items()} | {"meta": _json_checksum(meta)}
+    saves = {name: ocp.args.StandardSave(value) for name, value in items.items()}
+    return ocp.args.Composite(**saves, meta=ocp.args.JsonSave({**meta, "checksums": checksums}))
+
+
+def _json_checksum(meta: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
+
+
+def _folder(manager: ocp.CheckpointManager, step: int) -> Path:
+    return Path(manager.directory) / str(step)
+
+
+def _newest_intact(manager: ocp.CheckpointManager) -> tuple[int | None, dict[int, str]]:
+    """Returns the newest intact step, and what is wrong with each newer one, from the newest on."""
+    damaged = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        reason = _damage(_folder(manager, step))
+        if reason is None:
+            return step, damaged
+        damaged[step] = reason
+    return None, damaged
+
+
+def _damage(folder: Path) -> str | None:
+    """Reads all of a checkpoint, on this host alone, and returns how it differs from what was saved; None: it does not.
+
+    Raises:
+      UserError: the file system refuses to read a file, which says nothing about what is in it.
+    """
+    try:
+        json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        check, expected = _expected(meta)
+        meta.pop("checksums", None)
+        for item in expected:
+            found = _json_checksum(meta) if item == "meta" else check(_on_host(folder / item))
+            if found != expected[item]:
+                return f"the checksum of {item!r} differs"
+    except (MemoryError, jax.errors.JaxRuntimeError):  # this machine's trouble, not the checkpoint's
+        raise
+    except Exception as error:  # a byte that flipped in the description of an array can raise anything
+        _check_readable(folder)
+        return _one_line(error)
+    return None
+
+
+def _expected(meta: Mapping[str, Any]) -> tuple[Callable[[Any], str], dict[str, str]]:
+    """Returns what a checkpoint's items are checked by, and {item: what that gives}."""
+    # There were no checksums at first, but fingerprints.
+    return (_checksum, meta["checksums"]) if "checksums" in meta else (fingerprint, meta["fingerprints"])
+
+
+def _on_host(item: Path) -> Any:
+    """Returns the arrays of an item as numpy's; Orbax's manager would have all hosts take part."""
+    handler: Any = ocp.PyTreeCheckpointHandler()  # typed for paths of etils only
+    # By way of a device, though only numpy arrays are wanted: restoring reads more files than reading into numpy does.
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # jax was told to have none
+        device = jax.local_devices()[0]
+    device = jax.sharding.SingleDeviceSharding(device)
+    leaves, tree = jax.tree.flatten(handler.metadata(item).tree)
+    arrays = []
+    # One at a time: Orbax says pages about the reads that are under way when one fails.
+    for i in range(len(leaves)):
+        wanted = tree.unflatten([0 if i == j else ocp.PLACEHOLDER for j in range(len(leaves))])
+        how = tree.unflatten([ocp.ArrayRestoreArgs(sharding=device)] * len(leaves))
+        found = handler.restore(item, args=ocp.args.PyTreeRestore(item=wanted, restore_args=how))
+        arrays.append(np.asarray(jax.tree.leaves(found)[i]))
+    return tree.unflatten(arrays)
+
+
+def _check_readable(folder: Path) -> None:
+    """Raises UserError if the file system refuses to read a file of a checkpoint."""
+
+    def refuse(error: OSError, path: str) -> None:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend that; nothing was changed") from error
+
+    for parent, _, names in os.walk(folder, onerror=lambda error: refuse(error, error.filename)):
+        for path in (os.path.join(parent, name) for name in names):
+            try:
+                with open(path, "rb") as file:
+                    while file.read(_PIECE):
+                        pass
+            except OSError as error:
+                refuse(error, path)
+
+
+def _move_aside(folder: Path, target: Path) -> Path:
+    """Moves a folder to `target`, or to target-2, -3, ... if there is one, and returns where it is."""
+    number, aside = 1, target
+    while aside.exists():
+        number += 1
+        aside = target.with_name(f"{target.name}-{number}")
+    try:
+        aside.parent.mkdir(exist_ok=True)
+        return folder.rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder} is damaged and cannot be moved to {aside} ({error.strerror}): move it") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
+    """Turns an error into a UserError if the checkpoint is damaged, or holds other variables than were asked for."""
+    try:
+        yield
+    except Exception as error:
+        reason = _damage(folder)
+        if reason is not None:
+            raise _damaged(folder, reason) from error
+        if isinstance(error, ValueError | KeyError):
+            raise UserError(f"checkpoint {folder} cannot be restored: {_one_line(error)}") from error
+        raise
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    newest = "take the newest one (--which latest)" if folder.parent.name == "best" else "move it to use the one before"
+    return UserError(f"checkpoint {folder} is damaged ({reason}): {newest}")
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    with _naming_damage(_folder(manager, step)):
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, item: str, abstract: Any) -> Any:
-    where = f"{manager.directory}/{step}"
-    try:
+    folder = _folder(manager, step)
+    with _naming_damage(folder):
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
         value = manager.restore(step, args=args)[item]
-    except (ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"checkpoint {where} cannot be restored: {reason}; delete it to use the one before") from error
-    if fingerprint(value) != _meta(manager, step)["fingerprints"][item]:
-        raise UserError(f"checkpoint {where} is corrupt (its fingerprint differs): delete it to use the one before")
+    check, expected = _expected(_meta(manager, step))
+    if check(value) != expected[item]:
+        raise _damaged(folder, f"the checksum of {item!r} differs")
     return value
 
 
@@ -196,9 +385,11 @@ def newest_step(workdir: Path) -> tuple[int, float]:
 
 
 def _for_inference(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:
-    manager = _best_manager(workdir) if which == "best" and (workdir / "best").is_dir() else None
-    if manager is None or manager.latest_step() is None:
-        manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+    options = ocp.CheckpointManagerOptions(create=False)
+    of = lambda name: ocp.CheckpointManager((workdir / name).absolute(), options=options)
+    manager = of("best" if which == "best" else "checkpoints")
+    if manager.latest_step() is None and which == "best":
+        manager = of("checkpoints")
     step = manager.latest_step()
     if step is None:
         raise UserError(f"{workdir} holds no checkpoint yet: train first, or wait for the first one")

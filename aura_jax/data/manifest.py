@@ -248,6 +248,7 @@ def _write_cache(cache: Path | None, known: dict[tuple[str, str], float]) -> Non
     if cache is not None:
         lines = [json.dumps({"audio": a, "stamp": s, "seconds": seconds}) for (a, s), seconds in known.items()]
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+        # Always the same name: what a killed run left of it, the next one overwrites.
+        partial = cache.with_suffix(".partial")
         partial.write_text("\n".join(lines) + "\n")
         partial.replace(cache)

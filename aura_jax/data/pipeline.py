@@ -7,7 +7,6 @@ in a batch or in which order batches come; the position is the index of the next
 import fcntl
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -231,12 +230,14 @@ class Quarantine:
         # On disk first: when a batch without the clip comes out, the line is there, whichever thread met it.
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a+", encoding="utf-8") as file:
+            with open(self._path, "ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file closes
                 file.seek(0)
-                if all(json.loads(line)["audio"] != audio for line in file if line.strip()):
-                    file.seek(0, os.SEEK_END)
-                    file.write(json.dumps({"audio": audio, "row": where, "error": error}) + "\n")
+                content = file.read()
+                whole = content[: content.rfind(b"\n") + 1]  # a kill may have cut the last line short
+                if all(json.loads(line)["audio"] != audio for line in whole.splitlines()):
+                    file.truncate(len(whole))
+                    file.write(json.dumps({"audio": audio, "row": where, "error": error}).encode() + b"\n")
         if audio not in self._seen:
             self._seen.add(audio)
             log.warning("left out: %s (%s)", error, where)

@@ -24,8 +24,8 @@ class Log:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
-        for path in (self._path, workdir / "validation.jsonl"):
-            _drop_after(path, first_step)
+        for name in ("metrics", "validation", "nonfinite", "commands"):
+            _drop_after(workdir / f"{name}.jsonl", first_step)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step or None)
         self._bar = tqdm(
             total=last_step,
@@ -92,11 +92,11 @@ def _shown(name: str) -> bool:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Drops lines of steps that will be taken again: those after the checkpoint that a run resumes from."""
+    """Drops a line that a kill cut short, and lines of steps after that at which a run resumes: they come again."""
     if not path.is_file():
         return
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
     if len(kept) < len(lines):
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))

@@ -141,6 +141,8 @@ class _Run:
         start = 0 if newest is None else newest[0]
         log = Log(self.workdir, start, self.last_step)
         try:
+            for line in self.checkpoints.remarks:
+                log.say(line)
             if newest is not None:
                 self._check_frozen(newest[1])
                 self._seconds_before = newest[1]["seconds"]

@@ -10,7 +10,8 @@ from aura_jax import hosts, machine
 from aura_jax.config import Config
 from aura_jax.errors import UserError
 
-# Keys that may differ between the runs that share a workdir: they change nothing that was computed so far.
+# Keys that may differ between the runs that share a workdir: they change nothing that was computed so far, and of what
+# will be computed nothing but what their names say.
 _MAY_CHANGE = (
     "train.steps",
     "train.log_every",
@@ -22,6 +23,8 @@ _MAY_CHANGE = (
     "eval.",
     "data.workers",
     "data.threads",
+    # Sums are rounded in another order; what is drawn and which rows a step takes depends on no mesh.
+    "mesh.",
 )
 
 
