@@ -99,7 +99,8 @@ class ChatFormat:
 
     def text(self, text: str) -> tuple[int, ...]:
         """The ids of `text` alone: no special token is added; those spelled out in it are recognised."""
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # verbose: a document may well be longer than the model's context, from which rows are cut
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def response(self, text: str) -> tuple[int, ...]:
         """The ids of a response and of the end of its turn."""
