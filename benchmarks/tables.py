@@ -180,6 +180,23 @@ def interop(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def int8(results: dict[str, Any]) -> str:
+    """Returns the table of results/int8.json: a column a way to hold the base."""
+    ways = list(results["text"])
+    lines = _head(["", *(f"`{way}`" for way in ways)])
+    for model, of in results["bytes"].items():
+        name = model.rpartition("/")[2]
+        lines.append(_row([f"{name}, GB of weights", *(f"{of[way]['all'] / 1e9:.2f}" for way in ways)]))
+    text = results["text"]
+    lines.append(_row(["held-out text, nats a token", *(f"{text[way]['nats a token']['all']:.4f}" for way in ways)]))
+    same = [f"{100 * text[way]['same next token']:.1f}" for way in ways]
+    lines.append(_row(["likeliest next token as in float32, %", *same]))
+    for name, of in results["sets"].items():
+        cells = [f"{100 * of['wer'][way]['value']:.1f}" if way in of["wer"] else "" for way in ways]
+        lines.append(_row([f"WER %, {name} ({of['clips']} clips)", *cells]))
+    return "\n".join(lines) + "\n"
+
+
 def pods(results: dict[str, Any]) -> str:
     """Returns the table of results/pods.json: a row a config and slice; empty where it was not compiled yet."""
     found = results["results"]
@@ -224,6 +241,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "data": ("data", data),
     "interop": ("interop", interop),
     "pods": ("pods", pods),
+    "int8": ("int8", int8),
 }
 
 

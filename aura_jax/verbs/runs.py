@@ -69,7 +69,7 @@ def _train_here(args: argparse.Namespace, config_arguments: Sequence[str]) -> in
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser)
-    parser.add_argument("--data", type=Path, metavar="MANIFEST", help="the set; named after the file")
+    parser.add_argument("--data", metavar="MANIFEST", help="the set, or a folder of shards; named after it")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=MANIFEST", help="a named set; repeatable")
     parser.add_argument(
         "--system",
@@ -119,15 +119,16 @@ def _eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _sets(args: argparse.Namespace) -> dict[str, Path]:
-    sets = {args.data.stem: args.data} if args.data is not None else {}
+def _sets(args: argparse.Namespace) -> dict[str, str]:
+    # As text: a folder of shards may be in a bucket.
+    sets = {Path(args.data).stem: args.data} if args.data is not None else {}
     for text in args.set:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
             raise UserError(f"--set {text!r}: write --set NAME=MANIFEST")
         if name in sets:
             raise UserError(f"--set {text!r}: there is another set {name!r}: give it another name")
-        sets[name] = Path(path)
+        sets[name] = path
     return sets
 
 
