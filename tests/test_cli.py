@@ -135,7 +135,7 @@ def test_generate_from_text(tiny_workdir, capsys):
 
 def test_eval(tiny_workdir, manifest, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("AURA_JAX_CACHE", str(tmp_path / "cache"))
-    assert cli.main(["data", "pack", str(manifest), "--output", "memory://bucket/mine"]) == 0
+    assert cli.main(["data", "pack", str(manifest), "--output", "memory://bucket/mine", "--processes", "1"]) == 0
     out, outputs = tmp_path / "new" / "scores.json", tmp_path / "new" / "outputs.jsonl"
     argv = ["eval", "--workdir", str(tiny_workdir), "--data", str(manifest), "--set", "again=memory://bucket/mine"]
     assert cli.main([*argv, "--json", str(out), "--outputs", str(outputs)]) == 0
