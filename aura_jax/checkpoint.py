@@ -84,15 +84,24 @@ class Checkpoints:
     trained), `rest` (all else that a step changes) and `meta`.
 
     Attributes:
-      remarks: lines worth telling: which checkpoints `newest` found to be damaged.
+      remarks: lines worth telling: which checkpoints were found to be damaged.
     """
 
     def __init__(self, workdir: Path, config: Config):
-        self._workdir, self._keep, self._keep_every = workdir, config.train.keep, config.train.keep_every
-        self.remarks: list[str] = []
+        """Puts what there is in order: damaged checkpoints newer than an intact one are moved to `corrupt/`.
+
+        Host 0 does it, and reads whole checkpoints for it.
+
+        Raises:
+          UserError: there are checkpoints, but none is intact; one cannot be read, which is no damage; or hosts see
+            different ones.
+        """
+        c = config.train
+        # Before a manager lists them: it would go on believing in what was moved.
+        self.remarks = hosts.on_first(lambda: _put_in_order(workdir, c.keep, c.keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
-            keep_period=self._keep_every or None,
+            max_to_keep=c.keep,
+            keep_period=c.keep_every or None,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -101,6 +110,10 @@ class Checkpoints:
             max_to_keep=1, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
         self._best = ocp.CheckpointManager((workdir / "best").absolute(), options=options)
+        seen = [sorted(manager.all_steps()) for manager in (self._latest, self._best)]
+        hosts.check_same(
+            seen, f"{workdir} shows other checkpoints here than on host 0: wait for its file system, or look"
+        )
 
     def save(self, step: int, own: Any, rest: Any, meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; `meta` is JSON. A step that is there already is left as it is."""
@@ -115,44 +128,9 @@ class Checkpoints:
         self._best.save(step, args=_composite(meta, own=own), force=True)
 
     def newest(self) -> tuple[int, dict] | None:
-        """Returns the newest step whose checkpoint is intact, and its meta; None in a fresh workdir.
-
-        Newer ones, which are damaged, are moved to `corrupt/`, as is a damaged best one. Older ones that a killed run
-        was about to delete are deleted. Host 0 does both, and reads whole checkpoints for it.
-
-        Raises:
-          UserError: there are checkpoints, but none is intact; or one that cannot be read, which is no damage.
-        """
-        found = hosts.on_first(self._put_in_order)
-        self.remarks = found["remarks"]
-        for manager in (self._latest, self._best):
-            manager.reload()
-        step = found["step"]
+        """Returns the newest step and its meta; None in a fresh workdir."""
+        step = self._latest.latest_step()
         return None if step is None else (step, _meta(self._latest, step))
-
-    def _put_in_order(self) -> dict[str, Any]:
-        """Returns the newest intact step, and what to say; host 0's part of `newest`."""
-        step, damaged = _newest_intact(self._latest)
-        if damaged and step is None:
-            (_, reason), *_ = damaged.items()
-            raise UserError(
-                f"{self._latest.directory}: no checkpoint is intact (the newest: {reason}): put back a copy of one, or "
-                "start over with another --workdir"
-            )
-        best, damaged_best = _newest_intact(self._best)
-        remarks = []
-        for manager, steps, name in ((self._latest, damaged, ""), (self._best, damaged_best, "best-")):
-            for wrong, reason in steps.items():
-                aside = _move_aside(_folder(manager, wrong), self._workdir / "corrupt" / f"{name}{wrong}")
-                remarks.append(f"checkpoint {_folder(manager, wrong)} is damaged ({reason}): moved to {aside}")
-        older = sorted(s for s in self._latest.all_steps() if step is not None and s < step)
-        kept = {s for s in older if self._keep_every and s % self._keep_every == 0}
-        kept |= set([*older, step][-self._keep :])
-        for wanted_not in set(older) - kept:
-            shutil.rmtree(_folder(self._latest, wanted_not))
-        for wanted_not in (s for s in self._best.all_steps() if best is not None and s < best):
-            shutil.rmtree(_folder(self._best, wanted_not))
-        return {"step": step, "remarks": remarks}
 
     def best(self) -> dict | None:
         """Returns the meta of the best checkpoint; None if there is none yet."""
@@ -192,11 +170,44 @@ def _folder(manager: ocp.CheckpointManager, step: int) -> Path:
     return Path(manager.directory) / str(step)
 
 
-def _newest_intact(manager: ocp.CheckpointManager) -> tuple[int | None, dict[int, str]]:
+def _put_in_order(workdir: Path, keep: int, keep_every: int) -> list[str]:
+    """Moves damaged checkpoints aside, on this host alone; returns what to say about them."""
+    remarks = []
+    for kind, prefix in (("checkpoints", ""), ("best", "best-")):
+        step, damaged = _newest_intact(workdir / kind)
+        if kind == "checkpoints" and damaged and step is None:
+            (_, reason), *_ = damaged.items()
+            raise UserError(
+                f"{workdir / kind}: no checkpoint is intact (the newest: {reason}): put back a copy of one, or start "
+                "over with another --workdir"
+            )
+        for wrong, reason in damaged.items():
+            folder = workdir / kind / str(wrong)
+            aside = _move_aside(folder, workdir / "corrupt" / f"{prefix}{wrong}")
+            remarks.append(f"checkpoint {folder} is damaged ({reason}): moved to {aside}")
+    _finish_deleting(workdir / "checkpoints", keep, keep_every)
+    _finish_deleting(workdir / "best", 1, 0)
+    return remarks
+
+
+def _finish_deleting(folder: Path, keep: int, keep_every: int) -> None:
+    """Deletes checkpoints that a killed run had begun to delete: damaged ones, which were not to be kept."""
+    steps = _steps(folder)
+    for step in steps[:-keep]:
+        if not (keep_every and step % keep_every == 0) and _damage(folder / str(step)) is not None:
+            shutil.rmtree(folder / str(step))
+
+
+def _steps(folder: Path) -> list[int]:
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _newest_intact(folder: Path) -> tuple[int | None, dict[int, str]]:
     """Returns the newest intact step, and what is wrong with each newer one, from the newest on."""
     damaged = {}
-    for step in sorted(manager.all_steps(), reverse=True):
-        reason = _damage(_folder(manager, step))
+    for step in reversed(_steps(folder)):
+        reason = _damage(folder / str(step))
         if reason is None:
             return step, damaged
         damaged[step] = reason
