@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from aura_jax import __version__, cache, libtpu
-from aura_jax.errors import USER_MISTAKE, UserError, nearest
+from aura_jax.errors import INTERRUPTED, USER_MISTAKE, UserError, nearest
 from aura_jax.verbs import answers, bench, compile, exchange, materials, runs
 from aura_jax.verbs.verb import Verb
 
-_INTERRUPTED, _BROKEN_PIPE = 130, 141
+_BROKEN_PIPE = 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE

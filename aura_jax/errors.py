@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-USER_MISTAKE = 2  # the exit code
+USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
 
 
 class UserError(Exception):

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from aura_jax import libtpu
-from aura_jax.errors import USER_MISTAKE, UserError
+from aura_jax.errors import INTERRUPTED, USER_MISTAKE, UserError
 
 _T = TypeVar("_T")
 
@@ -54,16 +54,20 @@ def join(coordinator: str | None = None, count: str | None = None, index: str | 
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ:
         _initialize(cluster_detection_method="slurm")
     elif libtpu.on_tpu_machine() and "," in os.environ.get("TPU_WORKER_HOSTNAMES", ","):
-        with contextlib.suppress(ValueError):  # jax found no slice: a TPU of one host
+        with contextlib.suppress(ValueError):  # jax found no slice
             _initialize()
+        if jax.process_count() > 1 and not jax.distributed.is_initialized():
+            raise UserError(
+                "this TPU slice has several hosts, and jax cannot tell which: give --coordinator and the rest"
+            )
 
 
 def _initialize(*place: Any, **how: Any) -> None:
     try:
         jax.distributed.initialize(*place, **how)
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the hosts of this run did not find each other: {reason}; are all started?") from error
+        raise UserError(f"the hosts of this run cannot be joined ({reason}): look at --coordinator") from error
 
 
 def _place(names: str, coordinator: str | None, count: str | None, index: str | None) -> Place | None:
@@ -111,7 +115,8 @@ def arrays_of_first(make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, n
         return dict(make())
     file = io.BytesIO()
     if is_first():
-        np.savez(file, allow_pickle=False, **make())
+        arrays: Any = make()
+        np.savez(file, **arrays)
     with np.load(io.BytesIO(_broadcast(file.getvalue())), allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -145,11 +150,23 @@ def together(make: Callable[[], _T]) -> _T:
     return value  # pyright: ignore[reportReturnType]
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether `flag` is set on any host."""
+def anywhere(flags: Sequence[bool]) -> list[bool]:
+    """Returns which of the flags are set on any host; each has as many."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
+        return list(flags)
+    everywhere = multihost_utils.process_allgather(np.asarray(flags, np.int32))
+    return [bool(column.any()) for column in np.asarray(everywhere).reshape(-1, len(flags)).T]
+
+
+def check_same(value: Any, mistake: str) -> None:
+    """Raises UserError, on every host, if one of them has another value (JSON) than host 0."""
+    first = on_first(lambda: value)
+
+    def compare() -> None:
+        if value != first:
+            raise UserError(mistake)
+
+    together(compare)
 
 
 @contextlib.contextmanager
@@ -164,9 +181,13 @@ def ending_at_once() -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         if isinstance(error, UserError):
+            code = USER_MISTAKE
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            code = INTERRUPTED
         else:
+            code = 1
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(USER_MISTAKE if isinstance(error, UserError) else 1)
+        os._exit(code)

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-_GOOGLE = "0x1ae0"  # its PCI vendor number
+_GOOGLE, _NETWORK = "0x1ae0", "0x0042"  # PCI numbers: of the vendor, and of its network card, which is no TPU
 
 # What libtpu would otherwise ask a TPU VM's metadata server: any valid answer will do, no chip is ever opened. Nor need
 # processes take turns, as those that open chips must.
@@ -22,8 +22,9 @@ def installed() -> bool:
 
 def on_tpu_machine() -> bool:
     """Whether this machine has TPU chips."""
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+    devices = Path("/sys/bus/pci/devices").glob("*")
+    read = lambda device, name: (device / name).read_text().strip()
+    return any(read(device, "vendor") == _GOOGLE and read(device, "device") != _NETWORK for device in devices)
 
 
 def settle() -> None:

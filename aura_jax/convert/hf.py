@@ -166,7 +166,7 @@ def load_llm(
       n_adapted: blocks that go to `adapted`; the rest goes to `plain`.
       dtype: of the leaves; the files may hold float32, float16 or bfloat16.
       int8: kernels of linears are quantised to int8, with a float32 `kernel_scale` for each output beside them. For
-        its scales a host reads all inputs of the outputs that it holds.
+        its scales a host reads the whole of every block that it holds a part of.
       sharding: (path, shape) -> jax Sharding of that leaf; None: everything on the first local device.
 
     Returns:

@@ -189,7 +189,7 @@ def _history(turns: Any, where: str) -> tuple[Mapping[str, str], ...]:
     return tuple(turns)
 
 
-def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: int = 8) -> list[int]:
+def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, keep: bool = True, n_threads: int = 8) -> list[int]:
     """Samples at 16 kHz that each row's clip has at most: by the manifest's `seconds`, else by the clip's header.
 
     That is up to `ROUNDING` more than was said, since seconds may be rounded to milliseconds. A clip whose header
@@ -198,6 +198,7 @@ def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: i
     Args:
         rows: of a manifest; text-only ones have 0.
         cache: a file (JSON lines) that keeps what the headers said, by path, size and time of change. None: no file.
+        keep: write what is new to the cache.
         n_threads: that read headers.
     """
     known = _read_cache(cache)
@@ -220,7 +221,8 @@ def clip_samples(rows: Sequence[Row], *, cache: Path | None = None, n_threads: i
                 headers[path] = seconds
                 if seconds is not None:
                     known[path, of_file] = seconds
-        _write_cache(cache, known)
+        if keep:
+            _write_cache(cache, known)
 
     def samples(row: Row) -> int:
         if row.audio is None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from aura_jax import hosts
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import AudioError, load_audio
 from aura_jax.config import Config
@@ -96,11 +97,16 @@ def evaluate_set(
         for start in range(0, len(order), size):
             places, requests = [], []
             part = [int(i) for i in order[start : start + size]]
-            for place, request in zip(part, pool.map(_request, [rows[i] for i in part]), strict=True):
-                if isinstance(request, AudioError):
-                    if not skip_unreadable:
-                        raise request
-                    unreadable.append(f"{rows[place].where}: {request}")
+            read = list(pool.map(_request, [rows[i] for i in part]))
+            # What one host cannot read, none decodes: they do it together.
+            lost = hosts.anywhere([isinstance(request, AudioError) for request in read])
+            for place, request, is_lost in zip(part, read, lost, strict=True):
+                if isinstance(request, AudioError) and not skip_unreadable:
+                    raise request
+                if is_lost or isinstance(request, AudioError):
+                    unreadable.append(
+                        f"{rows[place].where}: {request if isinstance(request, AudioError) else 'elsewhere'}"
+                    )
                     bar.update()
                 else:
                     places.append(place)

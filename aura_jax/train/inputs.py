@@ -1,6 +1,7 @@
 """From a configuration to batches: which rows train, which are held out, and the batches of each stage."""
 
 import dataclasses
+import zlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -76,8 +77,9 @@ class Inputs:
         self.validation_rows += held_out
         shortest, longest = (round(seconds * SAMPLE_RATE) for seconds in (c.min_seconds, c.max_seconds))
         kept, samples = [], []
-        cache = self._workdir / "seconds.jsonl" if hosts.is_first() else None
-        for row, n in zip(rows, clip_samples(rows, cache=cache), strict=True):
+        for row, n in zip(
+            rows, clip_samples(rows, cache=self._workdir / "seconds.jsonl", keep=hosts.is_first()), strict=True
+        ):
             if row.audio is None or shortest <= n <= longest + ROUNDING:
                 kept.append(row)
                 samples.append(min(n, longest))  # reading cuts the clip to what is planned
@@ -157,6 +159,16 @@ class Inputs:
         """Returns where the rows of batch `index` stand in their manifests."""
         _, plan = self._planned(audio_only="lm" not in active)
         return [plan.row_name(pick.row) for picks in plan.batch(index).examples for pick in picks]
+
+    def digest(self) -> str:
+        """Returns what differs wherever another host would plan other batches: rows, lengths, what is held out."""
+        parts = [source.lengths for source in self._sources]
+        names = [name for lengths in parts for name in lengths.names_N] + [row.where for row in self.validation_rows]
+        total = zlib.crc32("\n".join(names).encode())
+        for lengths in parts:
+            for values_N in lengths[1:]:
+                total = zlib.crc32(np.asarray(values_N, np.int64).tobytes(), total)
+        return f"{len(names)} rows, {total:08x}"
 
     @property
     def share(self) -> float:

@@ -65,7 +65,7 @@ def train(config: Config, workdir: Path) -> Result:
     agree(config)
     claim(workdir, config)
     mesh = checkpoint.system_mesh(config)
-    with jax.set_mesh(mesh), Signals() as signals:
+    with jax.set_mesh(mesh), Signals(mesh) as signals:
         return _Run(config, workdir, mesh, signals).run()
 
 
@@ -84,7 +84,7 @@ def begin(
     config_lib.validate(config)
     claim(workdir, config)
     mesh = checkpoint.system_mesh(config)
-    with jax.set_mesh(mesh), Signals() as signals:
+    with jax.set_mesh(mesh), Signals(mesh) as signals:
         _Run(config, workdir, mesh, signals).begin(leaves, llm_fingerprint)
 
 
@@ -117,6 +117,9 @@ class _Run:
         self.stages = config_lib.stages(config)
         self.last_step = config_lib.total_steps(config)
         self.inputs = hosts.together(lambda: Inputs(self.built, workdir))
+        hosts.check_same(
+            self.inputs.digest(), "data.train reads otherwise than on host 0: give all hosts the same clips"
+        )
         self.variables = system.initial_variables(self.built, mesh)
         paths = set(sharding.flatten(self.variables))
         self.rates = stages.rates_of_stages(config, self.stages, {p for p in paths if not p.startswith("teacher/")})
@@ -324,7 +327,7 @@ class _Run:
                 # The first batch of a stage is read while nothing else can be done.
                 pending = _Taken(step + 1, out, batch, seconds, waited if step > start else 0.0)
                 last = step + 1 == end
-                stop = self.signals.stop(step + 1) and not last
+                stop = self.signals.stop() and not last
                 if last or stop or (step + 1) % c.checkpoint_every == 0 or _due(c.eval_every, step + 1):
                     metrics = self._report(active, pending, log)
                     pending = None

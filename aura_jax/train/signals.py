@@ -1,28 +1,34 @@
 """SIGINT and SIGTERM, noted rather than obeyed: the loop saves before it ends.
 
-Among several hosts jax itself listens for SIGTERM, tells the others, and says after which step all of them stop.
+Among several hosts each notes its own; all of them stop at the same step, because each asks all at every step.
 """
 
-import os
 import signal
 import threading
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
+from jax.sharding import Mesh
+
+from aura_jax import sharding
 
 
 class Signals:
-    """While entered, a signal makes `stop` true; a second SIGINT interrupts at once."""
+    """While entered, a signal makes `stop` true, from then on; a second SIGINT interrupts at once."""
 
-    def __init__(self):
+    def __init__(self, mesh: Mesh):
         self.received = ""
+        self._rows = sharding.batch_sharding(mesh)
+        self._n_blocks = len(sharding.part_of_host(mesh, jax.process_index()).blocks)
+        self._any = jax.jit(lambda flag_N: flag_N.max(), out_shardings=sharding.replicated(mesh))
+        self._asked: jax.Array | None = None
 
     def __enter__(self) -> "Signals":
-        # Only the main thread may set handlers; elsewhere (in a notebook's worker, say) signals stay as they are.
+        # Only the main thread may set handlers; elsewhere (in a notebook's worker, say) signals stay as they are. Among
+        # several hosts jax catches SIGTERM, too, from the moment they join: this handler takes its place.
         if threading.current_thread() is threading.main_thread():
-            heard = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-            self._old = {s: signal.signal(s, self._note) for s in heard}
+            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         else:
             self._old = {}
         return self
@@ -31,17 +37,20 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    def stop(self, step: int) -> bool:
-        """Whether the run stops after this step; to be asked at every step, on every host."""
+    def stop(self) -> bool:
+        """Whether the run is to stop; to be asked after every step, on every host.
+
+        Among several hosts the answer is that to the question of the step before: nobody waits for another.
+        """
         if jax.process_count() == 1:
             return bool(self.received)
-        stops = multihost_utils.reached_preemption_sync_point(step)
-        if stops and not self.received:
-            self.received = "SIGTERM, here or on another host,"
-        return stops
+        flag_N = np.full(self._n_blocks, bool(self.received), np.int32)
+        asked, self._asked = self._asked, self._any(jax.make_array_from_process_local_data(self._rows, flag_N))
+        if asked is None or not int(asked):
+            return False
+        self.received = self.received or "a signal at another host was"
+        return True
 
     def __exit__(self, *unused: Any) -> None:
         for number, handler in self._old.items():

@@ -140,7 +140,7 @@ def precompute(
     what += [[clip.path, clip.n_samples, _stamp(clip.path)] for clip in clips]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     directory = cache.directory() / "teacher-states" / digest
-    if hosts.anywhere(not directory.is_dir()):
+    if any(hosts.anywhere([not directory.is_dir()])):
         _run_teacher(system, weights, clips, speeds, sample_edges, mesh, directory)
     return TeacherStore(directory)
 
@@ -191,7 +191,10 @@ def _run_teacher(system, weights, clips, speeds, sample_edges, mesh: Mesh, direc
         ThreadPoolExecutor(2) as pool,
         tqdm(total=len(jobs), desc="teacher", unit="clip", disable=not hosts.is_first()) as bar,
     ):
-        for (_, part), (waveform_NxS, counts) in zip(groups, _read_ahead(pool, read, groups), strict=True):
+        for (_, part), (waveform_NxS, read_here) in zip(groups, _read_ahead(pool, read, groups), strict=True):
+            # What one host cannot read, none keeps: they compute it together.
+            lost = hosts.anywhere([count == 0 for count in read_here])
+            counts = [0 if is_lost else count for count, is_lost in zip(read_here, lost, strict=True)]
             out_NxAxPxE = np.asarray(run(weights, waveform_NxS, np.array(counts, np.int32)))
             for (_, clip, speed), count, clip_AxPxE in zip(part, counts, out_NxAxPxE, strict=False):
                 if count:

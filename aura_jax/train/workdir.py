@@ -1,9 +1,13 @@
 """Whose workdir it is: one run's, from its first checkpoint on."""
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from aura_jax import config as config_lib
 from aura_jax import hosts, machine
@@ -49,14 +53,29 @@ def claim(workdir: Path, config: Config) -> None:
       UserError: it belongs to a run with another configuration, or not all hosts see it.
     """
     hosts.on_first(lambda: _claim(workdir, config))
+    if jax.process_count() > 1:
+        _check_shared(workdir)
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises UserError, on every host, if one does not see a file that host 0 writes."""
+
+    def write() -> str:
+        file, path = tempfile.mkstemp(prefix=".seen-by-all-", dir=workdir)  # a name that no file system can remember
+        os.close(file)
+        return Path(path).name
+
+    name = hosts.on_first(write)
 
     def look() -> None:
-        if not (workdir / "config.json").is_file():
-            raise UserError(
-                f"{workdir} is not there as host 0 wrote it: the workdir must be a folder that all hosts see"
-            )
+        if not (workdir / name).is_file():
+            raise UserError(f"{workdir} is not the folder that host 0 calls so: give a workdir that all hosts share")
 
-    hosts.together(look)
+    try:
+        hosts.together(look)
+    finally:
+        if hosts.is_first():
+            (workdir / name).unlink()
 
 
 def _claim(workdir: Path, config: Config) -> None:

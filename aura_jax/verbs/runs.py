@@ -54,13 +54,16 @@ def _train(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
 
 
 def _train_here(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
-    from aura_jax import config
+    from aura_jax import config, hosts
 
     of_run = args.workdir / "config.json"
-    if of_run.is_file() and not any(argument.startswith("--config=") for argument in config_arguments):
-        loaded = config.override(config.from_json(of_run), config_arguments)
-    else:
-        loaded = config.load(config_arguments)
+
+    def load() -> Any:
+        if of_run.is_file() and not any(argument.startswith("--config=") for argument in config_arguments):
+            return config.override(config.from_json(of_run), config_arguments)
+        return config.load(config_arguments)
+
+    loaded = hosts.together(load)
     make_folder(args.workdir)
     from aura_jax.train import loop
 

@@ -1,6 +1,7 @@
 """Launchers without training: commands of a few lines of bash stand in for aura-jax, srun, gcloud and docker."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,8 @@ class Stage:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # What starts the tests may have told them to ignore it, and a shell cannot undo that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._started.append(process)
         return process

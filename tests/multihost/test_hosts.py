@@ -56,6 +56,15 @@ def test_flags_go_before_variables_and_these_before_slurm(joined, monkeypatch):
     assert joined[0][1] == {"cluster_detection_method": "slurm"}
 
 
+def test_hosts_that_cannot_be_joined_are_one_line(monkeypatch):
+    def refuse(*place, **how):
+        raise RuntimeError("no such\naddress")
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", refuse)
+    with pytest.raises(UserError, match=r"cannot be joined \(no such address\)"):
+        hosts.join("nowhere:1", "2", "1")
+
+
 @pytest.mark.parametrize(("names", "calls"), [(None, 1), ("a,b", 1), ("localhost", 0)])
 def test_a_tpu_joins_its_slice(joined, monkeypatch, names, calls):
     monkeypatch.setattr(hosts.libtpu, "on_tpu_machine", lambda: True)
@@ -82,7 +91,8 @@ def test_with_one_host_nothing_is_exchanged():
     def fail():
         raise UserError("mine")
 
-    assert hosts.is_first() and not hosts.anywhere(False) and hosts.anywhere(True)
+    assert hosts.is_first() and hosts.anywhere([False, True]) == [False, True]
+    hosts.check_same(3, "differs")
     assert hosts.on_first(lambda: 3) == 3 and hosts.together(lambda: 4) == 4
     values = hosts.arrays_of_first(lambda: {"x": np.arange(3)})
     assert values["x"].tolist() == [0, 1, 2]
@@ -94,9 +104,10 @@ def test_with_one_host_nothing_is_exchanged():
 
 
 PROGRAM = """
-import json, os, sys
-from aura_jax import hosts
+import json, os, signal, sys
+from aura_jax import hosts, sharding
 from aura_jax.errors import UserError
+from aura_jax.train.signals import Signals
 import numpy as np
 
 hosts.join()
@@ -117,8 +128,12 @@ for call, where in ((hosts.on_first, 0), (hosts.together, 1)):
     except UserError as error:
         said.append(str(error))
 arrays = hosts.arrays_of_first(lambda: {"a": np.arange(3) + me, "b": np.float32([[me]])})
-said += [hosts.on_first(lambda: {"of": me}), hosts.together(lambda: me), hosts.anywhere(me == 1), hosts.anywhere(False)]
+said += [hosts.on_first(lambda: {"of": me}), hosts.together(lambda: me), hosts.anywhere([me == 1, False])]
 said += [{name: value.tolist() for name, value in arrays.items()}, hosts.is_first()]
+with Signals(sharding.make_mesh(1, -1, 1)) as signals:
+    if me == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # before the first step
+    said.append([signals.stop() for _ in range(4)] + [signals.received])
 print(json.dumps(said), flush=True)
 with hosts.ending_at_once():
     if me == 1:
@@ -133,6 +148,8 @@ def test_two_hosts_agree(hosts_run):
     (_, out_0, _), (code_1, out_1, errors_1) = hosts_run(PROGRAM)
     same = ["mistake of 0", "host 1: mistake of 1", {"of": 0}]
     arrays = {"a": [0, 1, 2], "b": [[0.0]]}
-    assert json.loads(out_0.splitlines()[-1]) == [*same, 0, True, False, arrays, True]
-    assert json.loads(out_1.splitlines()[-1]) == [*same, 1, True, False, arrays, False]
+    stops = [False, True, True, True]  # the answer to the question of the step before
+    told = [*stops, "a signal at another host was"]
+    assert json.loads(out_0.splitlines()[-1]) == [*same, 0, [True, False], arrays, True, told]
+    assert json.loads(out_1.splitlines()[-1]) == [*same, 1, [True, False], arrays, False, [*stops, "SIGTERM"]]
     assert code_1 == 2 and "error: leaving" in errors_1
