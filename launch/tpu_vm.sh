@@ -47,7 +47,9 @@ wait_for_slice() {
         queued create --node-id="$name" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${SPOT:+"$SPOT"} ||
           return 1
         ;;
-      SUSPENDED) queued delete --force --quiet ;; # a slice that was taken away never comes back by itself
+      SUSPENDED) # a slice that was taken away never comes back by itself
+        queued delete --force --quiet || sleep "$POLL_SECONDS"
+        ;;
       FAILED) return 1 ;;
       *) sleep "$POLL_SECONDS" ;;
     esac
@@ -79,7 +81,15 @@ while :; do
   say "training; to watch: gcloud compute tpus tpu-vm ssh $name --zone=$ZONE --command='sudo docker logs -f aura-jax'"
   { on_hosts all "$prepare" && on_hosts all "$run"; } &
   pid=$!
-  while kill -0 "$pid" 2>/dev/null; do wait -n 2>/dev/null; done # a signal ends the wait, not the run
+  while kill -0 "$pid" 2>/dev/null; do
+    if [ -n "$stopping" ]; then # the first signal may have come before there was a container, or a handler in it
+      sleep "$POLL_SECONDS" &
+      wait "$!"
+      ! kill -0 "$pid" 2>/dev/null || stop
+    else
+      wait -n 2>/dev/null # a signal ends the wait, not the run
+    fi
+  done
   wait "$pid" 2>/dev/null
   code=$?
   if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ -n "$stopping" ]; then break; fi
