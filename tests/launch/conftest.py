@@ -56,6 +56,9 @@ class Stage:
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
         """Starts one of launch/ in a process group of its own."""
         environment = self.environment | variables
+        # What starts the tests may have them ignore it; a child would inherit that, and no shell can undo it.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             ["bash", str(LAUNCH / script), *arguments],
             cwd=LAUNCH.parent,
@@ -65,8 +68,6 @@ class Stage:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # What starts the tests may have told them to ignore it, and a shell cannot undo that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._started.append(process)
         return process
