@@ -110,6 +110,7 @@ class Checkpoints:
             max_to_keep=1, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
         self._best = ocp.CheckpointManager((workdir / "best").absolute(), options=options)
+        self._saving = False
         seen = [sorted(manager.all_steps()) for manager in (self._latest, self._best)]
         hosts.check_same(
             seen, f"{workdir} shows other checkpoints here than on host 0: wait for its file system, or look"
@@ -120,6 +121,13 @@ class Checkpoints:
         if step in self._latest.all_steps():
             return
         self._latest.save(step, args=_composite(meta, own=own, rest=rest))
+        self._saving = True
+
+    def wait(self) -> None:
+        """Returns once what `save` started is written whole."""
+        if self._saving:
+            self._latest.wait_until_finished()
+            self._saving = False
 
     def save_best(self, step: int, own: Any, meta: Mapping[str, Any]) -> None:
         """Replaces the best checkpoint by this one; one of the same step, from before a resume, is the same."""

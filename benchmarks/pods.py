@@ -52,9 +52,8 @@ def faults_of(values: dict) -> list[str]:
     if not values["fits"]:
         return ["does not fit"]
     collectives, donated = values["collectives"], values["donated"]
-    # Token ids, which the embedding looks up, are as small as nothing.
-    gathered = [one for one in collectives["all_gathers_of_no_parameter"] if " s32[" not in one]
-    faults = [f"gathers {one}" for one in gathered] + [f"on logits: {one}" for one in collectives["on_logits"]]
+    faults = [f"gathers {one}" for one in collectives["all_gathers_of_no_parameter"]]
+    faults += [f"on logits: {one}" for one in collectives["on_logits"]]
     return faults + (["copies trained state"] if donated["aliased"] < donated["state"] else [])
 
 

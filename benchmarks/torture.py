@@ -6,8 +6,7 @@
 (SIGTERM), while it starts or while it takes steps. Then, at times, a file of a checkpoint is cut short, altered in one
 bit, or deleted; one checkpoint at least is left alone. Each round is checked against a run that nothing interrupted:
 
-  - lost steps: steps taken before the signal, less the step that the run resumes at. No more than one save interval,
-    or, if the signal came while a checkpoint was being written, the steps since the one before it;
+  - lost steps: steps taken before the signal, less the step that the run resumes at. No more than one save interval;
   - after damage, it resumes at the newest undamaged checkpoint or a later one, and says which were damaged;
   - corrupt restores: a step whose losses and norms are not those of the uninterrupted run, to the bit;
   - orphaned files: files in the workdir, after an orderly end, that the uninterrupted run has not (but for corrupt/).
@@ -254,7 +253,7 @@ class Torture:
             yield f"resumed at {resumed}, with {left['saved']} saved and {left['damaged']} of them damaged"
         if resumed < max(left["saved"], default=0) and not out["set_aside"]:
             yield f"resumed at {resumed} of {left['saved']} and did not say why"
-        most = 0 if left["code"] == STOPPED else EVERY if not left["unfinished"] else 2 * EVERY - 1
+        most = 0 if left["code"] == STOPPED else EVERY
         if not left["damaged"] and out["lost"] > most:
             yield f"lost {out['lost']} steps"
 

@@ -318,6 +318,9 @@ class _Run:
                     # With several CPU devices, jax deadlocks when many steps are in flight.
                     jax.block_until_ready(out)
                 profile.after(step, out)
+                # A checkpoint is written while the step after it runs, which counts as taken once it is there: a death
+                # loses the steps of one interval at most.
+                self.checkpoints.wait()
                 now = time.perf_counter()
                 seconds, clock = now - clock, now
                 self._spent["steps"] += seconds

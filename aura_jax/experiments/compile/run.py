@@ -87,9 +87,14 @@ def measure(
     found["donated"] = _donated(made.arguments[0], memory["alias"])
     sizes = _parameter_sizes(made.arguments, mesh.shape["tensor"])
     other = [one for one in collectives if any(math.prod(array.dims) not in sizes for array in one.arrays)]
+    # Integers are no parameters, whatever their number: a table of embeddings that lies in pieces is asked for all ids.
+    of_integers = [one for one in collectives if all(array.dtype in ("s32", "u32") for array in one.arrays)]
     found["collectives"] = {
         "kinds": _by_kind(collectives),
-        "all_gathers_of_no_parameter": [_described(one) for one in other if one.kind == "all-gather"],
+        "all_gathers_of_no_parameter": [
+            _described(one) for one in other if one.kind == "all-gather" and one not in of_integers
+        ],
+        "all_gathers_of_integers": [_described(one) for one in of_integers if one.kind == "all-gather"],
         "on_logits": [_described(one) for one in other if any(vocab in array.dims for array in one.arrays)],
         "loops_of_unknown_length": module.unknown_trips,
     }
@@ -239,7 +244,8 @@ def table(found: Mapping[str, Any]) -> str:
     ]
     for kind, values in found["collectives"]["kinds"].items():
         lines.append(f"  {kind:<20} {values['count']:>6.0f} a step, {values['bytes'] / 1e9:>8.2f} GB")
-    for what, name in (("all_gathers_of_no_parameter", "also gathered"), ("on_logits", "on logits")):
+    names = {"all_gathers_of_no_parameter": "gathered", "all_gathers_of_integers": "gathered", "on_logits": "on logits"}
+    for what, name in names.items():
         lines += [f"  {name}: {one}" for one in found["collectives"][what]]
     line, work = found["roofline"], found["flops"]
     at_best = ", ".join(f"{what} {seconds:.3f} s" for what, seconds in line["seconds"].items())
