@@ -12,3 +12,8 @@ os.environ["HF_MODULES_CACHE"] = _modules.name
 _compiled = tempfile.TemporaryDirectory()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+# Tests compile more than they run: programs that are compiled in half the time, and are slower, end sooner.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
+os.environ.setdefault("JAX_MEMORY_FITTING_EFFORT", "-1.0")
