@@ -46,6 +46,8 @@ def measure(
     """Returns all that is known of a stage's step on a slice."""
     # Nothing runs here, on whatever this machine has.
     jax.config.update("jax_platforms", "cpu")
+    # A program for chips that are not there cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=topology.devices)
     with shapes.build(config) as built:
         made = program.make(built, mesh, stage)
