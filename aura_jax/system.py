@@ -117,6 +117,18 @@ def build(config: Config) -> System:
     )
 
 
+def build_text(config: Config) -> System:
+    """As `build`, for requests of text to the base LLM: `load_llm` gives all the weights it needs.
+
+    Raises:
+      UserError: as `build`.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.teacher, config.embedder.from_teacher = "", False
+    config.lora.n_blocks = 1  # no adapter acts, and the config's may be more than the LLM has
+    return build(config)
+
+
 def build_llm_config(config: Config) -> LLMConfig:
     """Reads the shape of the LLM that a configuration names."""
     return hf.load_llm_config(assets.resolve(config.model.llm))

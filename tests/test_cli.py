@@ -94,9 +94,19 @@ def test_version(capsys):
         (["eval", "--workdir", "x", "--data", "x.jsonl", "--frobnicate"], "--frobnicate"),
         (["generate", "--workdir", "x"], "nothing to answer"),
         (["generate", "--workdir", "x", "--audio", "missing.wav"], "missing.wav"),
+        (["generate", "--workdir", "x", "--prompt", "Hi", "--temperature", "-1"], "temperature -1.0: give 0"),
+        (["generate", "--workdir", "x", "--prompt", "Hi", "--top-p", "0.9"], "temperature 0 draws nothing"),
         (["assets", "fetch"], "name at least one"),
         (["assets", "fetch", "smollm2-135m-instrct"], "did you mean"),
         (["data", "validate", "missing.jsonl"], "missing.jsonl"),
+        (["data", "validate", "missing.jsonl", CONFIG], "data validate takes no config: drop --config="),
+        (["data", "continue", "x.jsonl", "--output", "y.jsonl"], "by --config=FILE or by --llm NAME, one of them"),
+        (["data", "continue", "x.jsonl", "--output", "y.jsonl", "--llm", "x", CONFIG], "one of them"),
+        (["data", "continue", "x.jsonl", "--output", "y.jsonl", "--llm", "x"], "x.jsonl: cannot be read"),
+        (["data", "continue", "x.jsonl", "--output", "gs://y/z.jsonl", "--llm", "x"], "a folder of this machine"),
+        (["data", "continue", "x.jsonl", "--output", "y.jsonl", CONFIG, "--shard", "0/2"], "with I from 1 to N"),
+        (["data", "continue", "x.jsonl", "--output", "y.jsonl", CONFIG, "--top-p", "2"], "top_p 2.0: give a share"),
+        (["data", "continue", "x.jsonl", "--output", "y.jsonl", CONFIG, "--limit", "0"], "--limit must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(argv, match, capsys, tmp_path, monkeypatch):
@@ -129,8 +139,14 @@ def test_generate(tiny_workdir, clip, capsys):
 
 @pytest.mark.slow
 def test_generate_from_text(tiny_workdir, capsys):
-    assert cli.main(["generate", "--workdir", str(tiny_workdir), "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
-    assert capsys.readouterr().out.count("\n") >= 1
+    argv = ["generate", "--workdir", str(tiny_workdir), "--prompt", "Hello", "--max-new-tokens", "3"]
+    assert cli.main(argv) == 0
+    greedy = capsys.readouterr().out
+    drawn = []
+    for seed in ("1", "1", "2"):
+        assert cli.main([*argv, "--temperature", "1.5", "--top-p", "0.99", "--seed", seed]) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1] and len({greedy, *drawn}) == 3
 
 
 def test_eval(tiny_workdir, manifest, capsys, tmp_path, monkeypatch):

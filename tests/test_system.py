@@ -19,6 +19,14 @@ def test_keys_reach_template_and_teacher(tiny_config):
     assert built.tokenizer.decode(built.chat.encode()[1]).endswith("(no thinking)")
 
 
+def test_for_text_alone_no_teacher_is_looked_for(tiny_config):
+    c = tiny_config()
+    c.model.teacher, c.lora.n_blocks = "no/such/whisper", 99
+    built = system.build_text(c)
+    assert built.teacher is None and built.teacher_dir is None
+    assert (c.model.teacher, c.lora.n_blocks) == ("no/such/whisper", 99)
+
+
 @pytest.mark.parametrize("kind", ["tiny_llm_dir", "tiny_whisper_dir"])
 def test_a_directory_without_or_with_a_broken_tokenizer_is_named(kind, request, tmp_path):
     shutil.copy(request.getfixturevalue(kind) / "config.json", tmp_path)

@@ -1,4 +1,4 @@
-"""Batched greedy decoding with a KV cache: one compiled prefill from waveform to first token, one compiled decode loop.
+"""Batched decoding with a KV cache: one compiled prefill from waveform to first token, one compiled decode loop.
 
 A row's columns are prefix, audio slot, suffix, answer; each part is as wide as the longest of the batch (rounded up, so
 that compilations are few), and what a row leaves free is padding, segment 0. Positions count real tokens: an answer
@@ -24,6 +24,7 @@ from aura_jax.audio import features
 from aura_jax.data.assemble import Example, assemble
 from aura_jax.data.plan import BUCKETS, Shape
 from aura_jax.errors import UserError
+from aura_jax.infer.sampling import GREEDY, MAX_SEED, Choice, Sampling, next_token
 from aura_jax.models.llm import Cache, Context
 from aura_jax.models.speech_llm import Columns, text_context
 from aura_jax.system import System
@@ -44,12 +45,14 @@ class Request:
         trained with.
       history: earlier turns, {"role": ..., "content": text}, oldest first.
       transcript: text that stands in the place of the audio, for the text oracle; not together with `waveform`.
+      number: what sampling draws by beside the seed; None: the request's place in its list.
     """
 
     waveform: np.ndarray | None = None
     prompt: str | None = None
     history: Sequence[Mapping[str, str]] = ()
     transcript: str | None = None
+    number: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +103,13 @@ class _Program:
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A tokenised request: its place in the list, ids before and after the audio, its bucket of samples (0: text)."""
+    """A tokenised request: its place in the list, its number, ids before and after the audio, its bucket of samples.
+
+    Text is in bucket 0.
+    """
 
     index: int
+    number: int
     waveform: np.ndarray | None
     prefix: Sequence[int]
     suffix: Sequence[int]
@@ -162,15 +169,23 @@ class Generator:
         self._mesh = _mesh_of(variables)
         self._row_multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
-    def generate(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> list[Reply]:
-        """Returns the greedy answer to each request, in order.
+    def generate(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], Any] | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> list[Reply]:
+        """Returns the answer to each request, in order.
 
         Args:
           requests: any mixture of spoken and text turns; they are sorted into batches by kind and length.
           progress: called after each batch with the number of requests in it.
+          sampling: how tokens are picked; the default is greedy. What is drawn for a request depends on the seed and
+            its number alone.
 
         Raises:
-          UserError: for a request with neither audio nor text, or audio that is not a mono waveform.
+          UserError: for a request with neither audio nor text, audio that is not a mono waveform, or a number that is
+            out of range.
         """
         prompts = [self._prompt(i, request) for i, request in enumerate(requests)]
         prompts.sort(key=lambda p: (p.lora, p.n_bucket, len(p.prefix), len(p.suffix)))
@@ -180,7 +195,7 @@ class Generator:
             # Text and speech, and adapters on and off, are different programs.
             kind = (prompts[start].lora, prompts[start].n_bucket > 0)
             batch = [p for p in prompts[start : start + self.batch_size] if (p.lora, p.n_bucket > 0) == kind]
-            for prompt, reply in zip(batch, self._run(batch), strict=True):
+            for prompt, reply in zip(batch, self._run(batch, sampling), strict=True):
                 replies[prompt.index] = reply
             start += len(batch)
             if progress is not None:
@@ -202,25 +217,28 @@ class Generator:
 
     def _prompt(self, index: int, request: Request) -> _Prompt:
         system, waveform = self.system, request.waveform
+        number = index if request.number is None else request.number
+        if not 0 <= number <= MAX_SEED:
+            raise UserError(f"a request's number is 0 to {MAX_SEED}, not {number}")
         if waveform is not None and request.transcript is not None:
             raise UserError("a request has either a waveform or a transcript in its place: drop one")
         if waveform is None and request.transcript is None:
             if not request.prompt:
                 raise UserError("nothing to answer: a request needs audio or a prompt")
             before, after = system.chat.encode(request.prompt, has_audio=False, history=request.history)
-            return _Prompt(index, None, [*before, *after], [], 0, self._text_lora)
+            return _Prompt(index, number, None, [*before, *after], [], 0, self._text_lora)
         prompt = system.config.data.prompt if request.prompt is None else request.prompt
         before, after = system.chat.encode(prompt, has_audio=True, history=request.history)
         if request.transcript is not None:
             middle = system.chat.text(request.transcript)
-            return _Prompt(index, None, [*before, *middle, *after], [], 0, self._text_lora)
+            return _Prompt(index, number, None, [*before, *middle, *after], [], 0, self._text_lora)
         waveform = np.asarray(waveform, np.float32)
         if waveform.ndim != 1 or not len(waveform):
             raise UserError(f"audio of shape {waveform.shape}: one mono waveform with at least one sample is needed")
         n_bucket = _sample_bucket(len(waveform), system.config.data.buckets or BUCKETS)
-        return _Prompt(index, waveform, before, after, n_bucket, self._speech_lora)
+        return _Prompt(index, number, waveform, before, after, n_bucket, self._speech_lora)
 
-    def _run(self, batch: Sequence[_Prompt]) -> list[Reply]:
+    def _run(self, batch: Sequence[_Prompt], sampling: Sampling) -> list[Reply]:
         start = time.perf_counter()
         lora, n_new = batch[0].lora, self._max_new
         # Rows up to a power of two (then the mesh's multiple): the last batch of a set must not compile anew each time.
@@ -230,13 +248,16 @@ class Generator:
         n_samples = 0 if inputs.waveform_BxN is None else inputs.waveform_BxN.shape[1]
         self.shapes.add((lora, n_rows, inputs.columns.tokens_BxT.shape[1], n_samples))
 
-        program = self._program(lora, n_new)
-        cache, token_B = _prefill(self.variables, inputs, program)
-        columns = inputs.columns
+        program, columns = self._program(lora, n_new), inputs.columns
+        number_B = np.array([p.number for p in batch] + [0] * (n_rows - len(batch)))
+        is_text_BxT = np.asarray((columns.segment_BxT != 0) & (columns.audio_source_BxT < 0))
+        tokens_BxT, vocab = np.asarray(columns.tokens_BxT), self._model.config.llm.vocab
+        choice = Choice.of(sampling, number_B, tokens_BxT, is_text_BxT, vocab)
+        cache, token_B = _prefill(self.variables, inputs, program, choice)
         n_real_B = (columns.segment_BxT != 0).sum(1).astype(np.int32)
         segment_BxS = np.pad(columns.segment_BxT, ((0, 0), (0, n_new)), constant_values=1)
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
-        answer_BxG, _ = _decode(self.variables, cache, token_B, n_real_B, segment_BxS, stop_ids, program)
+        answer_BxG, _ = _decode(self.variables, cache, token_B, n_real_B, segment_BxS, stop_ids, program, choice)
         answer_BxG = np.asarray(answer_BxG)
         seconds = time.perf_counter() - start
         return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
@@ -311,11 +332,13 @@ def _rows_on_mesh(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _prefill(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> tuple[Cache, jax.Array]:
+def _prefill(
+    variables: Mapping[str, Any], inputs: _Inputs, program: _Program, choice: Choice
+) -> tuple[Cache, jax.Array]:
     """Reads the prompts; returns the cache, T + n_new columns long, and the first token of each answer."""
     h_BxTxD, cache = _read(variables, inputs, program)
     h_BxD = jnp.take_along_axis(h_BxTxD, inputs.last_B[:, None, None], axis=1)[:, 0]
-    return cache, _best_token(variables, h_BxD, program)
+    return cache, next_token(program.apply(variables, h_BxD, method="logits"), choice, 0)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -351,10 +374,6 @@ def _read(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> t
     return program.apply(variables, x_BxTxD, ctx, cache, method="plain_blocks")
 
 
-def _best_token(variables: Mapping[str, Any], h_BxD: jax.Array, program: _Program) -> jax.Array:
-    return jnp.argmax(program.apply(variables, h_BxD, method="logits"), axis=-1).astype(jnp.int32)
-
-
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _decode(
     variables: Mapping[str, Any],
@@ -364,6 +383,7 @@ def _decode(
     segment_BxS: jax.Array,
     stop_ids: jax.Array,
     program: _Program,
+    choice: Choice,
 ) -> tuple[jax.Array, Cache]:
     """Returns the answers [B, n_new], padded with a stop id after the first one, and the cache (it is donated).
 
@@ -373,6 +393,7 @@ def _decode(
       n_real_B: tokens of each prompt, padding not counted: the position of the first answer token. 0: an empty row.
       segment_BxS: of the prompt's columns, and 1 for those of the answer.
       stop_ids: ids that end an answer.
+      choice: as the prefill had it.
     """
     if program.lora == _AT_AUDIO:  # answer tokens are text, and see the base LLM's weights
         program = dataclasses.replace(program, lora=_OFF)
@@ -386,7 +407,7 @@ def _decode(
         return (n_done < n_new) & ~finished_B.all()
 
     def one_token(state: tuple) -> tuple:
-        n_done, token_B, finished_B, answer_BxG, cache = state
+        n_done, token_B, finished_B, answer_BxG, cache, choice = state
         column = first_column + n_done - 1
         ctx = Context(
             position_BxT=(n_real_B + n_done - 1)[:, None],
@@ -398,13 +419,14 @@ def _decode(
         x_Bx1xD = program.apply(variables, token_B[:, None], method="embed_text")
         x_Bx1xD, cache, _ = program.apply(variables, x_Bx1xD, ctx, cache, method="adapted_blocks")
         h_Bx1xD, cache = program.apply(variables, x_Bx1xD, ctx, cache, method="plain_blocks")
-        token_B = jnp.where(finished_B, stop_ids[0], _best_token(variables, h_Bx1xD[:, 0], program))
+        logits_BxV = program.apply(variables, h_Bx1xD[:, 0], method="logits")
+        token_B = jnp.where(finished_B, stop_ids[0], next_token(logits_BxV, choice, n_done))
         answer_BxG = jax.lax.dynamic_update_slice(answer_BxG, token_B[:, None], (0, n_done))
-        return n_done + 1, token_B, finished_B | ended(token_B), answer_BxG, cache
+        return n_done + 1, token_B, finished_B | ended(token_B), answer_BxG, cache, choice.after(token_B)
 
     answer_BxG = jnp.full((n_rows, n_new), stop_ids[0]).at[:, 0].set(token_B)
-    state = (jnp.int32(1), token_B, ended(token_B) | (n_real_B == 0), answer_BxG, cache)
-    *_, answer_BxG, cache = jax.lax.while_loop(unfinished, one_token, state)
+    state = (jnp.int32(1), token_B, ended(token_B) | (n_real_B == 0), answer_BxG, cache, choice.after(token_B))
+    *_, answer_BxG, cache, _ = jax.lax.while_loop(unfinished, one_token, state)
     if program.mesh is not None:  # every host reads all answers
         answer_BxG = jax.lax.with_sharding_constraint(answer_BxG, sharding.replicated(program.mesh))
     return answer_BxG, cache

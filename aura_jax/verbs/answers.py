@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from aura_jax.errors import UserError
-from aura_jax.verbs.verb import OVERRIDE_HELP, Verb, add_which, add_workdir
+from aura_jax.verbs.verb import OVERRIDE_HELP, Verb, add_sampling, add_which, add_workdir, sampling_of
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +13,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio", nargs="+", default=[], metavar="FILE", help="clips, each answered by itself")
     parser.add_argument("--prompt", metavar="TEXT", help="what to do with the audio, or a turn of text")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: eval.max_new_tokens)")
+    add_sampling(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of bare text")
     add_which(parser)
 
@@ -24,12 +25,13 @@ def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from aura_jax.audio.io import load_audio
     from aura_jax.infer.generate import Generator, Request
 
+    sampling = sampling_of(args)
     waveforms = [load_audio(file) for file in args.audio]
     system, variables = checkpoint.load_for_inference(args.workdir, args.which, overrides=overrides)
     generator = Generator(system, variables, max_new_tokens=args.max_new_tokens)
     requests = [Request(waveform, args.prompt) for waveform in waveforms] or [Request(prompt=args.prompt)]
     files = args.audio or [None]
-    for file, reply in zip(files, generator.generate(requests), strict=True):
+    for file, reply in zip(files, generator.generate(requests, sampling=sampling), strict=True):
         if args.json:
             values = {"audio": file, "prompt": args.prompt, "text": reply.text, "ended": reply.ended}
             print(json.dumps(values | {"n_tokens": len(reply.tokens), "seconds": reply.seconds}, ensure_ascii=False))

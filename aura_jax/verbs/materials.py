@@ -4,9 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from aura_jax.errors import USER_MISTAKE, UserError
-from aura_jax.verbs.verb import Verb
+from aura_jax.verbs.verb import CONFIG_HELP, Verb, add_sampling, make_parent, sampling_of
 
 _MOST_PROCESSES = 16  # where none are asked for: a disk or a bucket takes no more
 _PACK_HELP = """\
@@ -19,6 +20,16 @@ Writes ArrayRecord shards: the audio files' bytes as they are, with texts, lengt
 
 The same input gives the same shards. A second call writes only what is missing. Clips that cannot be read are named,
 and packed as they are: training leaves them out."""
+_CONTINUE_HELP = """\
+Writes the manifest again, with what the LLM itself says after reading each transcript as the 'response' of every
+speech row, and with the 'prompt' that asked for it: `data.train` names it, and training on it is BLSP (arXiv
+2309.00916). The LLM is the one of the config, or --llm, without adapters; no audio is read.
+
+Responses go to OUT.1-of-1.jsonl first, a batch at a time: the same command goes on after a stop. To share the work,
+run it with --shard 1/4, 2/4, ..., each in a process of its own that writes OUT.I-of-4.jsonl, and then without --shard,
+which joins them. The parts say what the responses were made by; once OUT is there, they may be removed.
+
+"""
 
 
 def _assets_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +73,28 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--text-column", metavar="NAME", help="of parquet files, where it has an unusual name")
     pack.add_argument("--shard-size", type=int, default=256, metavar="MIB", help="of a shard (default %(default)s)")
     pack.add_argument("--processes", type=int, metavar="N", help="that write shards (default one a core, at most 16)")
+    continue_ = actions.add_parser(
+        "continue", help="let the LLM write a response to each transcript", description=_CONTINUE_HELP + CONFIG_HELP
+    )
+    continue_.add_argument("manifest", metavar="MANIFEST", help="JSON lines, or a folder of shards")
+    continue_.add_argument("--output", required=True, metavar="OUT.jsonl", help="the new manifest")
+    continue_.add_argument(
+        "--llm", metavar="NAME", help="in place of --config=FILE: a directory, asset or hf://owner/name"
+    )
+    continue_.add_argument("--prompt", metavar="TEXT", help="after the transcript (default: data.prompt of the config)")
+    continue_.add_argument("--shard", metavar="I/N", help="write part I of N only, I from 1 to N")
+    continue_.add_argument("--limit", type=int, metavar="N", help="the first N rows only, for a try")
+    continue_.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest response (default: eval.max_new_tokens)"
+    )
+    add_sampling(continue_)
 
 
-def _data(args: argparse.Namespace, _: Sequence[str]) -> int:
+def _data(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    if args.action == "continue":
+        return _continue(args, config_arguments)
+    if config_arguments:
+        raise UserError(f"data {args.action} takes no config: drop {config_arguments[0]}")
     return _pack(args) if args.action == "pack" else _validate(args)
 
 
@@ -101,6 +131,34 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _continue(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    has_config = any(argument.startswith("--config=") for argument in config_arguments)
+    if has_config == (args.llm is not None):
+        raise UserError("data continue: name the LLM by --config=FILE or by --llm NAME, one of them")
+    from aura_jax import config
+    from aura_jax.infer import continuations
+    from aura_jax.storage import is_remote
+
+    if is_remote(args.output):
+        raise UserError(f"--output {args.output}: write to a folder of this machine, and copy it from there")
+    loaded = config.load(config_arguments) if has_config else continuations.config_of(args.llm, config_arguments)
+    part = continuations.Part.parse(args.shard) if args.shard is not None else None
+    sampling = sampling_of(args)
+    make_parent(Path(args.output))
+    report = continuations.write(
+        args.manifest,
+        Path(args.output),
+        loaded,
+        prompt=args.prompt,
+        sampling=sampling,
+        max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
+        part=part,
+    )
+    print(report.summary)
+    return 0
+
+
 VERBS = {
     "assets": Verb(
         "list or fetch the models that configs name",
@@ -110,13 +168,15 @@ VERBS = {
         _assets,
     ),
     "data": Verb(
-        "check manifests, pack shards",
+        "check manifests, pack shards, let the LLM write responses",
         "`validate MANIFEST ...` reports the first malformed line, or every clip that cannot be read, with line\n"
         "numbers, and the hours there are; of shards, every one that differs from its checksum. Exit code 2 if\n"
         "anything is wrong.\n"
         "`pack INPUT ... --output FOLDER` writes shards, which `data.train` names like a manifest.\n"
+        "`continue MANIFEST --output OUT.jsonl` adds what the LLM itself says after each transcript, to train on.\n"
         "`aura-jax data ACTION --help` says more.",
         _data_arguments,
         _data,
+        takes_config=True,
     ),
 }

@@ -5,6 +5,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from aura_jax.errors import UserError
 
@@ -48,6 +49,31 @@ def add_which(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--which", choices=("best", "latest"), default="best", help="checkpoint: best by validation, or latest"
     )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds what `sampling_of` reads."""
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="draw tokens (default 0: always the likeliest)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest, with P of the probability"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: say less of what was said before"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
+
+
+def sampling_of(args: argparse.Namespace) -> Any:
+    """Returns the `infer.sampling.Sampling` that the arguments of `add_sampling` say.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+    from aura_jax.infer.sampling import Sampling
+
+    return Sampling(args.temperature, args.top_p, args.repetition_penalty, args.seed)
 
 
 def make_folder(path: Path, name: str = "--workdir") -> None:

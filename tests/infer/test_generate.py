@@ -19,6 +19,7 @@ from aura_jax.audio import features
 from aura_jax.errors import UserError
 from aura_jax.infer import generate
 from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.sampling import Choice, Sampling
 from aura_jax.models.speech_llm import Columns, text_context
 
 HISTORY = ({"role": "user", "content": "Open the window."}, {"role": "assistant", "content": "Which one?"})
@@ -167,7 +168,7 @@ def test_new_variables_act_at_once(tiny_loaded, generator):
 
 def test_few_shapes(tiny_loaded, generator, monkeypatch):
     monkeypatch.setattr(
-        generator, "_run", lambda batch: [generator._inputs(batch, 4).columns.tokens_BxT.shape] * len(batch)
+        generator, "_run", lambda batch, _: [generator._inputs(batch, 4).columns.tokens_BxT.shape] * len(batch)
     )
     requests = [Request(clip(0.3 + 0.04 * i, i)) for i in range(40)]
     assert len(set(generator.generate(requests))) == 2  # one a bucket
@@ -177,10 +178,11 @@ def test_the_cache_is_donated(tiny_loaded, generator):
     system, variables = tiny_loaded
     inputs = generator._inputs([generator._prompt(i, request) for i, request in enumerate(SPEECH)], 4)
     program = generator._program("everywhere", n_new=8)
-    cache, token = generate._prefill(variables, inputs, program)
+    cache, token = generate._prefill(variables, inputs, program, Choice())
     n_rows, n_columns = inputs.columns.tokens_BxT.shape
     segment, n_real = np.ones((n_rows, n_columns + 8), np.int32), np.ones(n_rows, np.int32)
-    generate._decode(variables, cache, token, n_real, segment, np.array(system.chat.stop_ids, np.int32), program)
+    stop_ids = np.array(system.chat.stop_ids, np.int32)
+    generate._decode(variables, cache, token, n_real, segment, stop_ids, program, Choice())
     assert cache.k_LxBxSxGxK.is_deleted()
 
 
@@ -191,6 +193,7 @@ def test_the_cache_is_donated(tiny_loaded, generator):
         (Request(np.zeros((2, 800), np.float32)), "mono"),
         (Request(np.zeros(0, np.float32)), "at least one sample"),
         (Request(clip(0.5), transcript="Hello"), "drop one"),
+        (Request(clip(0.5), number=-1), "number is 0 to 4294967295, not -1"),
     ],
 )
 def test_bad_requests_say_why(generator, request_, match):
@@ -249,12 +252,15 @@ from pathlib import Path
 import jax, numpy as np
 from aura_jax import checkpoint
 from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.sampling import Sampling
 
 assert len(jax.devices()) == 2
 system, variables = checkpoint.load_for_inference(Path(sys.argv[1]))
 requests = [Request(x) for x in np.load(sys.argv[2])]
 generator = Generator(system, variables, batch_size=3)
-print(json.dumps([reply.tokens for reply in generator.generate(requests)]))
+drawn = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
+of = lambda *how: [reply.tokens for reply in generator.generate(requests, None, *how)]
+print(json.dumps([of(), of(drawn)]))
 assert {rows % 2 for _, rows, _, _ in generator.shapes} == {0}
 """
 
@@ -264,7 +270,9 @@ def test_a_mesh_of_two_devices_changes_nothing(tiny_workdir, tmp_path):
     clips = np.stack([clip(0.8, i) for i in range(3)])
     np.save(tmp_path / "clips.npy", clips)
     system, variables = checkpoint.load_for_inference(tiny_workdir)
-    expected = Generator(system, variables).generate([Request(x) for x in clips])
+    drawn = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
+    requests, generator = [Request(x) for x in clips], Generator(system, variables)
+    expected = [generator.generate(requests), generator.generate(requests, sampling=drawn)]
     found = subprocess.run(
         [sys.executable, "-c", _ON_TWO_DEVICES, str(tiny_workdir), str(tmp_path / "clips.npy")],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
@@ -273,4 +281,4 @@ def test_a_mesh_of_two_devices_changes_nothing(tiny_workdir, tmp_path):
         check=False,
     )
     assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout) == [list(reply.tokens) for reply in expected]
+    assert json.loads(found.stdout) == [[list(reply.tokens) for reply in replies] for replies in expected]
