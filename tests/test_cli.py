@@ -158,7 +158,8 @@ def test_eval(tiny_workdir, manifest, capsys, tmp_path, monkeypatch):
     scores = json.loads(out.read_text())
     assert set(scores) == {"my set", "again"}
     assert scores["again"] == scores["my set"] and scores["again"]["n"] == 2
-    assert set(scores["again"]["wer"]) == {"value", "low", "high"}
+    assert set(scores["again"]["wer"]) == {"value", "low", "high", "n"}
+    assert not (tiny_workdir / "evaluation").exists()
     assert "my set" in capsys.readouterr().out
     lines = [json.loads(line) for line in outputs.read_text().splitlines()]
     assert len(lines) == 4 and lines[0]["reference"] == "Turn on the lights."

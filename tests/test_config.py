@@ -269,12 +269,44 @@ def test_json_round_trip(tmp_path):
     c = valid()
     c.data.update(train=(("a.jsonl", 1.0), ("b.jsonl", 0.5)), buckets=(1.0, 2.5), validation_values=("x",))
     c.eval.sets = {"new voices": "c.jsonl"}
+    c.eval.update(likelihood=("new voices",))
+    c.eval.noise.update(kinds=("white",), snr_db=(5.0,))
     path = tmp_path / "config.json"
     path.write_text(config.to_json(c))
     again = config.from_json(path)
     assert again.to_dict() == c.to_dict()
     assert json.loads(config.to_json(again)) == json.loads(path.read_text())
     config.validate(again)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"noise.kinds": ("pink",)}, "unknown kind 'pink' in eval.noise.kinds: valid: babble, white"),
+        ({"noise.kinds": ("white",), "noise.snr_db": ()}, "eval.noise.snr_db must be ratios in dB"),
+        ({"noise.kinds": ("white",), "noise.snr_db": ("clean",)}, "eval.noise.snr_db must be ratios in dB"),
+        (
+            {"noise.kinds": ("white",), "noise.sets": ("old",)},
+            "eval.noise.sets names 'old', which eval.sets does not",
+        ),
+        ({"noise.sets": ("new voices",)}, "eval.noise.kinds no noise: name babble or white"),
+        ({"noise.kinds": ("white",), "sets": {}}, "eval.sets no set to be heard in it"),
+        (
+            {"likelihood": ("new voice",)},
+            "names 'new voice', which eval.sets does not: did you mean 'new voices'?",
+        ),
+    ],
+)
+def test_mistakes_about_noise_and_likelihood(values, message):
+    c = valid()
+    c.eval.sets = {"new voices": "c.jsonl"}
+    config.validate(c)
+    for key, value in values.items():
+        node, _, name = f"eval.{key}".rpartition(".")
+        target = c.eval if node == "eval" else c.eval.noise
+        target[name] = ConfigDict(value) if isinstance(value, dict) else value
+    assert message in the_line(config.validate, c)
+    assert message in the_line(config.validate_eval, c)
 
 
 def test_a_config_from_before_a_key_gets_its_default(tmp_path):

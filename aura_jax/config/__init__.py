@@ -2,7 +2,7 @@
 
 from aura_jax.config.keys import OBJECTIVES, Config, default, stage, stages, total_steps
 from aura_jax.config.reading import from_json, from_values, load, override, to_json
-from aura_jax.config.rules import validate
+from aura_jax.config.rules import validate, validate_eval
 
 __all__ = (
     "OBJECTIVES",
@@ -17,4 +17,5 @@ __all__ = (
     "to_json",
     "total_steps",
     "validate",
+    "validate_eval",
 )

@@ -156,7 +156,21 @@ def default() -> Config:
         )
     )
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
-    c.eval = ConfigDict(dict(sets={}, batch_size=16, max_new_tokens=48, text_questions="", text_heldout=""))
+    c.eval = ConfigDict(
+        dict(
+            sets={},  # name: manifest or folder of shards
+            batch_size=16,
+            max_new_tokens=48,
+            text_questions="",
+            text_heldout="",
+            noise=dict(  # the sets once more, in noise
+                kinds=(),  # of white and babble; empty: no noise
+                snr_db=(20.0, 10.0, 5.0, 0.0),
+                sets=(),  # names of eval.sets; empty: all of them
+            ),
+            likelihood=(),  # names of eval.sets whose answers are read, not written: perplexity and divergence
+        )
+    )
     return c
 
 

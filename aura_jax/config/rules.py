@@ -10,6 +10,7 @@ from aura_jax.config.keys import OPEN, Config, default, stage
 from aura_jax.errors import UserError, nearest
 
 _TEXT_OBJECTIVES = {"text_anchor", "text_kd"}
+_NOISES = ("babble", "white")
 
 _ONE_OF = {
     "model.dtype": ("float32", "bfloat16"),
@@ -65,6 +66,25 @@ def validate(c: Config) -> None:
     _multiple_of_accumulate(c, "batch_size")
     _validate_schedule(c)
     _validate_trainable(c)
+    validate_eval(c)
+
+
+def validate_eval(c: Config) -> None:
+    """Raises UserError for noise that there is not, or a set that eval.sets does not name."""
+    noise = c.eval.noise
+    for kind in noise.kinds:
+        if kind not in _NOISES:
+            raise UserError(f"unknown kind {kind!r} in eval.noise.kinds: valid: {', '.join(_NOISES)}")
+    if noise.kinds and not (noise.snr_db and all(map(_is_number, noise.snr_db))):
+        raise UserError(f"eval.noise.snr_db must be ratios in dB, such as (20.0, 10.0), not {noise.snr_db}")
+    if noise.sets and not noise.kinds:
+        raise UserError(f"eval.noise.sets names sets, but eval.noise.kinds no noise: name {' or '.join(_NOISES)}")
+    if noise.kinds and not c.eval.sets:
+        raise UserError("eval.noise.kinds names noise, but eval.sets no set to be heard in it: name one, or no noise")
+    for key, names in (("eval.noise.sets", noise.sets), ("eval.likelihood", c.eval.likelihood)):
+        for name in names:
+            if name not in c.eval.sets:
+                raise UserError(f"{key} names {name!r}, which eval.sets does not: {nearest(str(name), c.eval.sets)}")
 
 
 def check_structure(c: ConfigDict) -> None:

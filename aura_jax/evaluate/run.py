@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -16,8 +16,10 @@ from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import AudioError, load_audio
 from aura_jax.config import Config
 from aura_jax.data.manifest import Row, clip_samples, load_manifest
-from aura_jax.errors import UserError
-from aura_jax.evaluate.score import IntentClassifier, score
+from aura_jax.errors import UserError, nearest
+from aura_jax.evaluate.choices import Choices, read_choices, score_choices
+from aura_jax.evaluate.kept import Kept, identity
+from aura_jax.evaluate.score import IntentClassifier, bleu, score
 from aura_jax.infer.generate import Reply, Request
 
 _AT_A_TIME = 128  # clips in memory
@@ -34,7 +36,10 @@ class Answers(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One utterance: its row's id, what was to be said, and what the system said."""
+    """One utterance: its row's id, what was to be said, and what the system said.
+
+    The reference of multiple choice is the right choice, such as "B. Paris".
+    """
 
     id: str
     reference: str
@@ -46,7 +51,8 @@ class Result:
     """A set's evaluation.
 
     Attributes:
-      scores: of `score.score`.
+      scores: "n", and those of `score.score`, of `score.bleu` ("bleu") and of `choices.score_choices`, each over the
+        rows that are scored so (`how_scored`), if there are any.
       outputs: in the order of the rows.
       unreadable: what is wrong with each clip that was left out.
       audio_seconds, seconds: of the clips, and of wall time for decoding them, compilation included.
@@ -59,6 +65,27 @@ class Result:
     seconds: float
 
 
+def how_scored(row: Row) -> Choices | Literal["bleu", "text"]:
+    """Returns how a row of a manifest is to be scored by its keys "choices" with "answer", and "metric".
+
+    Returns:
+      its choices; "bleu", for `"metric": "bleu"`; "text" without these keys: all that `score.score` has.
+
+    Raises:
+      UserError: as `choices.read_choices`, for another metric, both ways at once, or a translation without `response`.
+    """
+    choices, metric = read_choices(row.extra, row.where), row.extra.get("metric")
+    if metric is None:
+        return choices or "text"
+    if metric != "bleu":
+        raise UserError(f"{row.where}: unknown 'metric' {metric!r}: {nearest(str(metric), ['bleu'])}")
+    if choices is not None:
+        raise UserError(f"{row.where}: both 'choices' and 'metric': a row is scored in one way, drop one of them")
+    if row.response is None:
+        raise UserError(f"{row.where}: 'metric' is bleu, and there is no 'response': give the translation there")
+    return "bleu"
+
+
 def evaluate_set(
     answers: Answers,
     rows: Sequence[Row],
@@ -67,6 +94,8 @@ def evaluate_set(
     classifier: IntentClassifier | None = None,
     skip_unreadable: bool = False,
     progress: bool = True,
+    change: Callable[[Row, np.ndarray], np.ndarray] | None = None,
+    by_row: bool = True,
 ) -> Result:
     """Answers every row and scores the answers against what the rows want said.
 
@@ -77,10 +106,13 @@ def evaluate_set(
       classifier: with it, rows with an `intent` get intent accuracy.
       skip_unreadable: leave clips that cannot be read out, rather than raise.
       progress: show a progress bar on standard error.
+      change: what the system hears of a row's clip, float32 at 16 kHz; None: the clip. It is called in threads.
+      by_row: score every row as it asks for; False: all of them as text, against their targets.
 
     Raises:
-      UserError: for plain text among the rows, nothing left to score, or a clip that cannot be read.
+      UserError: for plain text among the rows, nothing left to score, a clip that cannot be read, or as `how_scored`.
     """
+    ways = [how_scored(row) if by_row else "text" for row in rows]
     for row in rows:
         if row.is_plain_text:
             raise UserError(f"{row.where}: plain text has no answer to score: evaluate speech or chat rows")
@@ -97,7 +129,7 @@ def evaluate_set(
         for start in range(0, len(order), size):
             places, requests = [], []
             part = [int(i) for i in order[start : start + size]]
-            read = list(pool.map(_request, [rows[i] for i in part]))
+            read = list(pool.map(lambda row: read_request(row, change), [rows[i] for i in part]))
             # What one host cannot read, none decodes: they do it together.
             lost = hosts.anywhere([isinstance(request, AudioError) for request in read])
             for place, request, is_lost in zip(part, read, lost, strict=True):
@@ -119,46 +151,111 @@ def evaluate_set(
     heard = [i for i in range(len(rows)) if i in replies]
     if not heard:
         raise UserError(f"{name}: no row to evaluate")
-    outputs = [Output(rows[i].id, rows[i].target, replies[i]) for i in heard]
-    intents = [rows[i].extra.get("intent") for i in heard]
-    scores = score(
-        [o.reference for o in outputs],
-        [o.hypothesis for o in outputs],
-        [str(intent) for intent in intents] if None not in intents else None,
-        classifier,
-    )
+    wanted = [way.answer if isinstance(way, Choices) else row.target for way, row in zip(ways, rows, strict=True)]
+    outputs = [Output(rows[i].id, wanted[i], replies[i]) for i in heard]
+    scores = _scores([rows[i] for i in heard], [ways[i] for i in heard], outputs, classifier)
     return Result(scores, outputs, unreadable, n_samples / SAMPLE_RATE, seconds)
 
 
+def _scores(
+    rows: Sequence[Row],
+    ways: Sequence[Choices | str],
+    outputs: Sequence[Output],
+    classifier: IntentClassifier | None,
+) -> dict[str, Any]:
+    scores: dict[str, Any] = {"n": 0}
+    text, translated, chosen = [], [], []
+    for i, way in enumerate(ways):
+        (chosen if isinstance(way, Choices) else translated if way == "bleu" else text).append(i)
+    of = lambda places: ([outputs[i].reference for i in places], [outputs[i].hypothesis for i in places])
+    if text:
+        intents = [rows[i].extra.get("intent") for i in text]
+        known = [str(intent) for intent in intents] if None not in intents else None
+        scores |= score(*of(text), known, classifier)
+    if translated:
+        scores["bleu"] = bleu(*of(translated))
+    if chosen:
+        scores |= score_choices(of(chosen)[1], [way for way in ways if isinstance(way, Choices)])
+    scores["n"] = len(outputs)
+    return scores
+
+
 def evaluate_sets(
-    answers: Answers, sets: Mapping[str, str | Path], config: Config
+    answers: Answers, sets: Mapping[str, str | Path], config: Config, kept: Kept | None = None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, str]]]]:
     """Evaluates named manifests; returns the scores of each, and {set: [{"id", "reference", "hypothesis"}, ...]}.
 
     Intents are classified by the sentences of the run's training data, as long as those can be read.
 
+    Args:
+      kept: where the results of each set are kept as soon as it is finished, and found again; None: nowhere.
+
     Raises:
-      UserError: as `evaluate_set`, or a manifest is missing or malformed.
+      UserError: as `evaluate_set`, or a manifest is missing or malformed; before anything is decoded.
     """
     rows = {name: load_manifest(path) for name, path in sets.items()}
-    classifier = None
-    if any("intent" in row.extra for of_set in rows.values() for row in of_set):
-        try:
-            classifier = intent_classifier(path for path, _ in config.data.train)
-        except UserError as error:  # the training data may have moved, and the rest is worth having
-            print(f"intent accuracy is left out: {error}", file=sys.stderr)
-    results = {name: evaluate_set(answers, rows[name], name=name, classifier=classifier) for name in rows}
-    scores = {name: result.scores for name, result in results.items()}
-    return scores, {name: [dataclasses.asdict(output) for output in result.outputs] for name, result in results.items()}
+    return evaluate_rows(answers, rows, training_classifier(rows, config), kept)
 
 
-def _request(row: Row) -> Request | AudioError:
+def evaluate_rows(
+    answers: Answers, sets: Mapping[str, Sequence[Row]], classifier: IntentClassifier | None, kept: Kept | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, str]]]]:
+    """As `evaluate_sets`, of named rows of manifests."""
+    for of_set in sets.values():
+        for row in of_set:
+            how_scored(row)
+    scores, transcripts = {}, {}
+    for name, of_set in sets.items():
+        found = evaluate_kept(answers, of_set, [name], kept, classifier=classifier)
+        scores[name], transcripts[name] = found["scores"], found["outputs"]
+    return scores, transcripts
+
+
+def evaluate_kept(
+    answers: Answers,
+    rows: Sequence[Row],
+    name: Sequence[str],
+    kept: Kept | None,
+    *,
+    classifier: IntentClassifier | None = None,
+    change: Callable[[Row, np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Returns {"scores", "outputs": [{"id", "reference", "hypothesis"}, ...]} of `evaluate_set`, kept if so asked.
+
+    Args:
+      name: of the set, and of how it is heard: what `change` does must not depend on anything else.
+    """
+
+    def evaluate() -> dict[str, Any]:
+        result = evaluate_set(answers, rows, name=", ".join(name), classifier=classifier, change=change)
+        return {"scores": result.scores, "outputs": [dataclasses.asdict(output) for output in result.outputs]}
+
+    if kept is None:
+        return evaluate()
+    data = [identity(rows), classifier.examples if classifier else None]
+    return kept.part(["sets", *name], data, evaluate)
+
+
+def read_request(row: Row, change: Callable[[Row, np.ndarray], np.ndarray] | None = None) -> Request | AudioError:
+    """Returns the request that a row makes, with its clip changed by `change`, or what is wrong with a clip."""
     if row.audio is None:
         return Request(prompt=row.prompt, history=row.history)
     try:
-        return Request(load_audio(row.audio), row.prompt, row.history)
+        waveform = load_audio(row.audio)
+        return Request(waveform if change is None else change(row, waveform), row.prompt, row.history)
     except AudioError as error:
         return error
+
+
+def training_classifier(sets: Mapping[str, Sequence[Row]], config: Config) -> IntentClassifier | None:
+    """Returns the classifier of the training data's sentences; None if no row has an `intent`, or they are gone."""
+    if not any("intent" in row.extra for rows in sets.values() for row in rows):
+        return None
+    try:
+        return intent_classifier(path for path, _ in config.data.train)
+    except UserError as error:  # the training data may have moved, and the rest is worth having
+        print(f"intent accuracy is left out: {error}", file=sys.stderr)
+        return None
 
 
 def intent_classifier(manifests: Iterable[str | Path]) -> IntentClassifier | None:

@@ -1,13 +1,13 @@
-"""Scores of transcripts: word error rate, exact match, intent accuracy, each with a bootstrap interval.
+"""Scores of answers: word and character error rate, exact match, intent accuracy, BLEU, each with a bootstrap interval.
 
 Texts are compared after the normaliser of Whisper's authors (arXiv 2212.04356, appendix C): case, punctuation,
 spelling, numerals and fillers do not count. It makes some texts empty ("#", "mm"): those have no words to miss, and
-whatever is heard there counts as inserted.
+whatever is heard there counts as inserted. BLEU takes the texts as they are.
 """
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,27 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     return Levenshtein.distance(words, normalise(hypothesis).split()), len(words)
 
 
+def character_errors(reference: str, hypothesis: str) -> tuple[int, int]:
+    """Returns (characters substituted, inserted or deleted; characters of the reference), normalised, with spaces."""
+    characters = normalise(reference)
+    return Levenshtein.distance(characters, normalise(hypothesis)), len(characters)
+
+
+def _resamples(n: int, seed: int, n_resamples: int) -> Iterator[np.ndarray]:
+    """Yields the utterances of each resample: one at a time, so that a million need no matrix of a thousand million."""
+    random = np.random.default_rng(seed)
+    for _ in range(n_resamples):
+        yield random.integers(0, n, n)
+
+
+def _bounds(values: Sequence[float]) -> dict[str, float]:
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"low": float(low), "high": float(high)}
+
+
 def interval(
     numerator_N: np.ndarray, denominator_N: np.ndarray, seed: int = 0, n_resamples: int = N_RESAMPLES
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Returns sum(numerator) / sum(denominator) with its percentile bootstrap interval over utterances.
 
     Args:
@@ -49,18 +67,47 @@ def interval(
       seed: of the resampling.
 
     Returns:
-      {"value", "low", "high"}, the latter two bounding the middle 95% of the resamples.
+      {"value", "low", "high", "n"}: low and high bound the middle 95% of the resamples; n utterances.
     """
     numerator_N, denominator_N = np.asarray(numerator_N, np.float64), np.asarray(denominator_N, np.float64)
     ratio = lambda top, bottom: top / np.maximum(bottom, 1)
-    random, n = np.random.default_rng(seed), len(numerator_N)
-    values = np.empty(n_resamples)
-    for i in range(n_resamples):  # one at a time: a million utterances need no matrix of a thousand million
-        index = random.integers(0, n, n)
-        values[i] = ratio(numerator_N[index].sum(), denominator_N[index].sum())
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    values = [
+        ratio(numerator_N[index].sum(), denominator_N[index].sum())
+        for index in _resamples(len(numerator_N), seed, n_resamples)
+    ]
     value = ratio(numerator_N.sum(), denominator_N.sum())
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    return {"value": float(value), **_bounds(values), "n": len(numerator_N)}
+
+
+def bleu(
+    references: Sequence[str], hypotheses: Sequence[str], seed: int = 0, n_resamples: int = N_RESAMPLES
+) -> dict[str, Any]:
+    """Returns the corpus BLEU of sacrebleu (arXiv 1804.08771) with its percentile bootstrap interval over sentences.
+
+    Of tokenizer 13a with exponential smoothing, which are sacrebleu's defaults: case and punctuation count. 13a splits
+    no words of languages that are written without spaces.
+
+    Args:
+      references, hypotheses: a sentence each, as it is to be read.
+      seed: of the resampling.
+
+    Returns:
+      {"value", "low", "high", "n"}, from 0 to 100 as BLEU is always given.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU(force=True)  # texts that look tokenized are none of our business
+    found = [metric.corpus_score([h], [[r]]) for r, h in zip(references, hypotheses, strict=True)]
+    # All that BLEU depends on are sums over sentences, so that a resample costs next to nothing.
+    counts_Nx10 = np.array([[one.sys_len, one.ref_len, *one.counts, *one.totals] for one in found])
+
+    def of(total: np.ndarray) -> float:
+        n_hypothesis, n_reference, *counts = total.tolist()
+        n = len(counts) // 2
+        return metric.compute_bleu(counts[:n], counts[n:], n_hypothesis, n_reference, metric.smooth_method).score
+
+    values = [of(counts_Nx10[index].sum(0)) for index in _resamples(len(found), seed, n_resamples)]
+    return {"value": of(counts_Nx10.sum(0)), **_bounds(values), "n": len(found)}
 
 
 class IntentClassifier:
@@ -69,6 +116,9 @@ class IntentClassifier:
     Several sentences may be equally near: the intent that most of them have, then the first in the alphabet. A correct
     transcript of a sentence that was never trained on may be nearest to another intent, so that 100% can be out of
     reach there.
+
+    Attributes:
+      examples: (normalised sentence, intent) pairs, sorted.
     """
 
     def __init__(self, examples: Sequence[tuple[str, str]]):
@@ -81,8 +131,8 @@ class IntentClassifier:
         """
         if not examples:
             raise UserError("no training sentence has an 'intent': nothing to classify intents by")
-        self._examples = sorted({(normalise(text), intent) for text, intent in examples})
-        self._words = [text.split() for text, _ in self._examples]
+        self.examples = sorted({(normalise(text), intent) for text, intent in examples})
+        self._words = [text.split() for text, _ in self.examples]
         self.classify = functools.lru_cache(maxsize=1 << 16)(self._classify)
 
     def _classify(self, text: str) -> str:
@@ -90,7 +140,7 @@ class IntentClassifier:
         words = normalise(text).split()
         distances = [Levenshtein.distance(words, other) for other in self._words]
         nearest = min(distances)
-        pairs = zip(distances, self._examples, strict=True)
+        pairs = zip(distances, self.examples, strict=True)
         votes = Counter(intent for distance, (_, intent) in pairs if distance == nearest)
         return min(votes, key=lambda intent: (-votes[intent], intent))
 
@@ -109,8 +159,8 @@ def score(
       intents: of each utterance; with `classifier`, intent accuracy is reported too.
 
     Returns:
-      {"n", "wer": {"value", "low", "high"}, "exact_match": {...}, "intent_accuracy": {...}}, rates as fractions. WER is
-      over the set (all errors over all words), and may exceed 1.
+      {"n", "wer": of `interval`, "cer": ..., "exact_match": ..., "intent_accuracy": ...}, rates as fractions. WER and
+      CER are over the set (all errors over all words, or characters), and may exceed 1.
 
     Raises:
       UserError: for an empty set.
@@ -118,12 +168,15 @@ def score(
     """
     if not references:
         raise UserError("no utterances to score: the set is empty")
-    errors, words = np.array([word_errors(r, h) for r, h in zip(references, hypotheses, strict=True)]).T
-    exact = [normalise(r) == normalise(h) for r, h in zip(references, hypotheses, strict=True)]
+    pairs = list(zip(references, hypotheses, strict=True))
+    words_2xN = np.array([word_errors(*pair) for pair in pairs]).T
+    characters_2xN = np.array([character_errors(*pair) for pair in pairs]).T
+    exact = [normalise(r) == normalise(h) for r, h in pairs]
     ones = np.ones(len(exact))
     result = {
         "n": len(exact),
-        "wer": interval(errors, words, seed),
+        "wer": interval(words_2xN[0], words_2xN[1], seed),
+        "cer": interval(characters_2xN[0], characters_2xN[1], seed),
         "exact_match": interval(np.array(exact), ones, seed),
     }
     if intents is not None and classifier is not None:
@@ -132,18 +185,30 @@ def score(
     return result
 
 
+_TITLES = {
+    "wer": "WER %",
+    "cer": "CER %",
+    "exact_match": "exact match %",
+    "intent_accuracy": "intent %",
+    "bleu": "BLEU",
+    "multiple_choice": "multiple choice %",
+    "unparsable": "unparsable %",
+}
+
+
 def table(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the scores of several sets as a plain-text table, in percent with 95% intervals."""
-    columns = {"wer": "WER %", "exact_match": "exact match %", "intent_accuracy": "intent %"}
-    columns = {key: title for key, title in columns.items() if any(key in scores for scores in sets.values())}
+    """Returns whatever scores the sets have as a plain-text table, rates in percent, with 95% intervals."""
+    columns = [key for key in _TITLES if any(key in scores for scores in sets.values())]
 
-    def cell(value: Mapping[str, float] | None) -> str:
-        if value is None:
+    def cell(scores: Mapping[str, Any], key: str) -> str:
+        if key not in scores:
             return "-"
-        return f"{100 * value['value']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+        scale = 1 if key == "bleu" else 100
+        value, low, high = (scale * scores[key][name] for name in ("value", "low", "high"))
+        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
-    rows = [["set", "n", *columns.values()]]
-    rows += [[name, str(scores["n"]), *(cell(scores.get(key)) for key in columns)] for name, scores in sets.items()]
+    rows = [["set", "n", *(_TITLES[key] for key in columns)]]
+    rows += [[name, str(scores["n"]), *(cell(scores, key) for key in columns)] for name, scores in sets.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     pad = lambda i, text: text.ljust(widths[i]) if i == 0 else text.rjust(widths[i])
     return "\n".join("  ".join(pad(i, text) for i, text in enumerate(row)).rstrip() for row in rows)

@@ -152,7 +152,7 @@ def text_loss(
     return totals
 
 
-def _base(system: System, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+def base_variables(system: System, variables: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns variables that are the base LLM's with the adapters off: after a merge its weights are read again."""
     if "lora" in variables:
         return variables
@@ -168,7 +168,7 @@ def compare_text(
     Returns:
       {kind: {"tokens", "base", "adapted", "rise"}}, for each kind of text and for "all".
     """
-    base = text_loss(system, _base(system, variables), rows, adapters=False, progress=progress)
+    base = text_loss(system, base_variables(system, variables), rows, adapters=False, progress=progress)
     adapted = text_loss(system, variables, rows, adapters=True, progress=progress)
     for totals in (base, adapted):
         totals["all"] = (sum(total for total, _ in totals.values()), sum(count for _, count in totals.values()))
@@ -193,7 +193,7 @@ def ask(
     """
     on = system.config.lora.scope != "audio"
     answers: list[dict[str, Any]] = [{"question": question.prompt} for question in questions]
-    for name, adapters, of in (("base", False, _base(system, variables)), ("adapted", on, variables)):
+    for name, adapters, of in (("base", False, base_variables(system, variables)), ("adapted", on, variables)):
         generator = Generator(system, of, max_new_tokens=max_new_tokens, adapters_on_text=adapters)
         replies = generator.generate([Request(prompt=question.prompt) for question in questions])
         for answer, question, reply in zip(answers, questions, replies, strict=True):

@@ -74,10 +74,16 @@ class Reply:
 
 @struct.dataclass
 class _Inputs:
-    """A batch for the prefill; `waveform_BxN` is None for text. `last_B`: the column that predicts the first token."""
+    """A batch for the prefill; `waveform_BxN` is None for text.
+
+    Attributes:
+      last_B: the last column of a row: it predicts the token after it.
+      target_position_BxR: the columns that predict the tokens of given answers; of generation there are none.
+    """
 
     columns: Columns
     last_B: jax.Array
+    target_position_BxR: jax.Array
     waveform_BxN: jax.Array | None
     n_samples_B: jax.Array | None
 
@@ -115,6 +121,7 @@ class _Prompt:
     suffix: Sequence[int]
     n_bucket: int
     lora: str
+    answer: Sequence[int] = ()  # read after it, not generated
 
 
 class Generator:
@@ -215,6 +222,28 @@ class Generator:
         logits_BxTxV = _prompt_logits(self.variables, inputs, self._program(prompt.lora, n_new=0))
         return np.asarray(logits_BxTxV)[0, inputs.columns.segment_BxT[0] != 0]
 
+    def answer_states(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> jax.Array:
+        """Reads given answers after their requests; returns the normed hidden states that predict their tokens.
+
+        Args:
+          requests: all spoken, or all of text; one batch of at most `batch_size`.
+          answers: ids of each.
+
+        Returns:
+          [B, R, D] on the variables' mesh: row i has the states of answer i first, and anything after them. B and R are
+          rounded up from the number and the longest of the answers, by nothing else: they are the same for a spoken
+          and a written reading.
+
+        Raises:
+          UserError: as `generate`.
+        """
+        prompts = [
+            dataclasses.replace(self._prompt(i, request), answer=answer)
+            for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
+        ]
+        inputs = self._inputs(prompts, self._n_rows(len(prompts)))
+        return _answer_states(self.variables, inputs, self._program(prompts[0].lora, n_new=0))
+
     def _prompt(self, index: int, request: Request) -> _Prompt:
         system, waveform = self.system, request.waveform
         number = index if request.number is None else request.number
@@ -240,10 +269,7 @@ class Generator:
 
     def _run(self, batch: Sequence[_Prompt], sampling: Sampling) -> list[Reply]:
         start = time.perf_counter()
-        lora, n_new = batch[0].lora, self._max_new
-        # Rows up to a power of two (then the mesh's multiple): the last batch of a set must not compile anew each time.
-        n_rows = min(1 << (len(batch) - 1).bit_length(), self.batch_size)
-        n_rows = -(-n_rows // self._row_multiple) * self._row_multiple
+        lora, n_new, n_rows = batch[0].lora, self._max_new, self._n_rows(len(batch))
         inputs = self._inputs(batch, n_rows)
         n_samples = 0 if inputs.waveform_BxN is None else inputs.waveform_BxN.shape[1]
         self.shapes.add((lora, n_rows, inputs.columns.tokens_BxT.shape[1], n_samples))
@@ -262,12 +288,19 @@ class Generator:
         seconds = time.perf_counter() - start
         return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
 
+    def _n_rows(self, n: int) -> int:
+        # Up to a power of two (then the mesh's multiple): the last batch of a set must not compile anew each time.
+        n_rows = min(1 << (n - 1).bit_length(), self.batch_size)
+        return -(-n_rows // self._row_multiple) * self._row_multiple
+
     def _program(self, lora: str, n_new: int) -> _Program:
         return _Program(self._model, self._mesh, lora, n_new, self.system.config.model.normalisation)
 
     def _inputs(self, batch: Sequence[_Prompt], n_rows: int) -> _Inputs:
         n_prefix = _token_bucket(max(len(p.prefix) for p in batch))
-        n_suffix = _token_bucket(max(len(p.suffix) for p in batch))
+        n_targets = max(len(p.answer) for p in batch)
+        n_targets = _token_bucket(n_targets) if n_targets else 0
+        n_suffix = _token_bucket(max(len(p.suffix) for p in batch)) + n_targets
         n_samples = max(p.n_bucket for p in batch)
         rate = self.system.config.embedder.token_rate
         n_audio = int(features.n_audio_tokens(n_samples, rate))
@@ -277,15 +310,16 @@ class Generator:
             n_clips=1,
             n_audio=n_audio,
             n_samples=n_samples,
-            n_targets=0,
+            n_targets=n_targets,
             n_prefix=n_prefix,
         )
-        rows = [[Example(p.prefix, p.suffix, waveform_S=p.waveform)] for p in batch]
+        rows = [[Example(p.prefix, p.suffix, p.answer, waveform_S=p.waveform)] for p in batch]
         laid_out = assemble([*rows, *[[]] * (n_rows - len(batch))], shape, layout="slot", token_rate=rate)
         last_B = shape.n_tokens - 1 - np.argmax(laid_out.segment_BxT[:, ::-1] != 0, axis=1)
         return _Inputs(
             columns=Columns.of(laid_out),
             last_B=last_B.astype(np.int32),
+            target_position_BxR=laid_out.target_position_BxR,
             waveform_BxN=laid_out.waveform_BxKxS[:, 0] if n_samples else None,
             n_samples_B=laid_out.n_samples_BxK[:, 0] if n_samples else None,
         )
@@ -345,6 +379,13 @@ def _prefill(
 def _prompt_logits(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> jax.Array:
     """Reads the prompts; returns the logits [B, T, V] at all their columns."""
     return program.apply(variables, _read(variables, inputs, program)[0], method="logits")
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _answer_states(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> jax.Array:
+    """Reads prompts and answers; returns the hidden states [B, R, D] that predict the answers."""
+    h_BxTxD, _ = _read(variables, inputs, program)
+    return jnp.take_along_axis(h_BxTxD, inputs.target_position_BxR[..., None], axis=1)
 
 
 def _read(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> tuple[jax.Array, Cache]:

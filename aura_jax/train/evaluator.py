@@ -41,7 +41,12 @@ class Evaluator:
         self._generator.variables = variables
         # A clip that broke since the run began must not end the run.
         result = evaluate_set(
-            self._generator, rows, name=f"validation at step {step}", skip_unreadable=True, progress=hosts.is_first()
+            self._generator,
+            rows,
+            name=f"validation at step {step}",
+            skip_unreadable=True,
+            progress=hosts.is_first(),
+            by_row=False,  # against what it is trained to say
         )
         shown = [{"reference": o.reference, "hypothesis": o.hypothesis} for o in result.outputs[:_SHOWN]]
         if hosts.is_first():

@@ -97,28 +97,37 @@ def _eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             make_parent(path)
     config_of_run = config.from_json(args.workdir / "config.json")
     config_of_run = config.override(config_of_run, overrides, checkpoint.INFERENCE_KEYS)
+    own = not sets and args.system == "student"
+    if not own and any(f"config.eval.{key}" in override for key in ("noise", "likelihood") for override in overrides):
+        raise UserError(
+            "eval.noise and eval.likelihood belong to the run's own evaluation: drop --data, --set, --system"
+        )
+    kept = None
     if not sets and not config_of_run.eval.sets:
         raise UserError(f"nothing to evaluate: add --data MANIFEST, or eval.sets to the config of {args.workdir}")
-    if not sets and args.system == "student":
+    if own:
         of_run, transcripts = suite.score_run(args.workdir, args.which, overrides)
         scores = of_run["sets"]
-        print(score.table(scores))
-        if "text" in of_run:
-            print(suite.text_lines(of_run))
+        print(suite.tables(of_run))
     else:
         if args.system == "cascade":
-            answers = _cascade(config_of_run)
+            answers, weights = _cascade(config_of_run)
         else:
             from aura_jax.infer.generate import Generator
 
             answers = Generator(*checkpoint.load_for_inference(args.workdir, args.which, overrides))
-        scores, transcripts = run.evaluate_sets(answers, sets or dict(config_of_run.eval.sets), config_of_run)
+            weights = checkpoint.inference_meta(args.workdir, args.which)
+        kept = suite.kept_of(args.workdir, config_of_run, args.system, weights)
+        sets = sets or dict(config_of_run.eval.sets)
+        scores, transcripts = run.evaluate_sets(answers, sets, config_of_run, kept)
         print(score.table(scores))
     if args.json is not None:
         write_text(args.json, json.dumps(scores, indent=2) + "\n")
     if args.outputs is not None:
         lines = [{"set": name, **output} for name, outputs in transcripts.items() for output in outputs]
         write_text(args.outputs, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if kept is not None:
+        kept.finish()
     return 0
 
 
@@ -135,13 +144,17 @@ def _sets(args: argparse.Namespace) -> dict[str, str]:
     return sets
 
 
-def _cascade(config: Any) -> Any:
+def _cascade(config: Any) -> tuple[Any, Any]:
+    """Returns the teacher's own decoder, and what differs if its files do."""
     from aura_jax import assets
+    from aura_jax.audio.io import stamp
     from aura_jax.infer.cascade import Cascade
 
     if not config.model.teacher:
         raise UserError("--system cascade needs model.teacher in the run's config: it names no Whisper")
-    return Cascade(assets.resolve(config.model.teacher), batch_size=config.eval.batch_size)
+    directory = assets.resolve(config.model.teacher)
+    files = sorted((path.name, *stamp(str(path))) for path in directory.iterdir() if path.is_file())
+    return Cascade(directory, batch_size=config.eval.batch_size), [str(directory), files]
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import soundfile
 
 from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
-from aura_jax.evaluate.run import evaluate_set, intent_classifier
+from aura_jax.evaluate.run import evaluate_set, evaluate_sets, intent_classifier
 from aura_jax.infer.generate import Reply
 
 TEXTS = ["Open the door.", "Close the window.", "What time is it?", "Stop."]
@@ -83,3 +83,59 @@ def test_nothing_to_evaluate_says_so():
 def test_a_manifest_without_intents_has_no_classifier(sample_data):
     assert intent_classifier([sample_data / "recordings" / "test.jsonl"]) is None
     assert intent_classifier([sample_data / "commands" / "train.jsonl"]) is not None
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return load_manifest(path)
+
+
+def test_a_row_is_scored_as_it_asks_for(tmp_path):
+    question = {"choices": ["Rome", "Paris"], "answer": "B", "response": "unused"}
+    rows = write(
+        tmp_path / "mixed.jsonl",
+        {"prompt": "Stop.", "response": "Stop now."},
+        {**question, "prompt": "The answer is B."},
+        {**question, "prompt": "A or B"},
+        {"prompt": "Das ist ein kleines Haus.", "response": "Das ist ein kleines Haus.", "metric": "bleu"},
+    )
+    result = evaluate_set(Fake(), rows, progress=False)
+    assert result.scores["n"] == 4
+    assert {name: s["n"] for name, s in result.scores.items() if name != "n"} == {
+        "wer": 1, "cer": 1, "exact_match": 1, "bleu": 1, "multiple_choice": 2, "unparsable": 2,
+    }  # fmt: skip
+    assert result.scores["wer"]["value"] == 0.5 and result.scores["bleu"]["value"] == pytest.approx(100)
+    assert result.scores["multiple_choice"]["value"] == result.scores["unparsable"]["value"] == 0.5
+    assert [o.reference for o in result.outputs] == ["Stop now.", "B. Paris", "B. Paris", "Das ist ein kleines Haus."]
+    plain = evaluate_set(Fake(), rows, progress=False, by_row=False)
+    assert set(plain.scores) == {"n", "wer", "cer", "exact_match"} and plain.scores["wer"]["n"] == 4
+    assert plain.outputs[1].reference == "unused"
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"metric": "blue"}, r"set\.jsonl:1: unknown 'metric' 'blue': did you mean 'bleu'\?"),
+        ({"metric": "bleu", "choices": ["a", "b"], "answer": "A"}, r"set\.jsonl:1: both 'choices' and 'metric'"),
+        ({"choices": ["a", "b"]}, r"set\.jsonl:1: 'choices' without an 'answer'"),
+    ],
+)
+def test_a_mistake_in_how_a_row_is_scored_comes_before_decoding(tmp_path, tiny_config, keys, match):
+    write(tmp_path / "good.jsonl", {"prompt": "Say yes.", "response": "Say yes."})
+    write(tmp_path / "set.jsonl", {"prompt": "x", "response": "y", **keys})
+    fake = Fake()
+    with pytest.raises(UserError, match=match) as caught:
+        evaluate_sets(fake, {name: tmp_path / f"{name}.jsonl" for name in ("good", "set")}, tiny_config())
+    assert fake.lengths == [] and "\n" not in str(caught.value)
+
+
+def test_a_translation_needs_a_response(manifest):
+    lines = [json.loads(line) | {"metric": "bleu"} for line in manifest.read_text().splitlines()]
+    with pytest.raises(UserError, match=r"set\.jsonl:1: 'metric' is bleu, and there is no 'response'"):
+        evaluate_set(Fake(), write(manifest, *lines), progress=False)
+
+
+def test_what_is_heard_can_be_changed(manifest):
+    fake = Fake()
+    result = evaluate_set(fake, load_manifest(manifest), progress=False, change=lambda row, clip: clip[:1600])
+    assert set(fake.lengths) == {1} and {o.hypothesis for o in result.outputs} == {TEXTS[0]}
