@@ -69,6 +69,11 @@ def fingerprint(tree: Any) -> str:
     return f"{total:08x}"
 
 
+def fingerprints(params: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {"llm_fingerprint": ...}, and that of the encoder where one is kept: what a checkpoint says of them."""
+    return {f"{name}_fingerprint": fingerprint(params[name]) for name in ("llm", "encoder") if name in params}
+
+
 def _checksum(tree: Any) -> str:
     """Returns eight hexadecimal digits that no change of one bit leaves as they are, as it may a fingerprint."""
     total = 0
@@ -368,14 +373,17 @@ def load(workdir: Path, which: str = "best", overrides: Sequence[str] = ()) -> t
 
     built = system.build(config)
     mesh = system_mesh(config)
-    llm = system.load_llm(built, mesh)
-    if fingerprint(llm) != meta["llm_fingerprint"]:
-        raise UserError(f"{built.llm_dir} is not the LLM that {workdir} was trained on: its weights differ")
+    base = system.load_base(built, mesh)
+    for key, value in fingerprints(base).items():
+        if value != meta[key]:
+            name = key.partition("_")[0]
+            what = {"llm": "LLM"}.get(name, name)
+            raise UserError(f"{config.model[name]} is not the {what} that {workdir} was trained on: its weights differ")
     shapes = {p: s for p, s in sharding.flatten(system.abstract_variables(built)).items() if p in meta["own"]}
     wanted = {path: jax.ShapeDtypeStruct(s.shape, meta["own"][path]) for path, s in shapes.items()}
     own = _restore(manager, step, "own", _placed(wanted, mesh))
     manager.close()
-    return built, sharding.join(own, {"params": {"llm": llm}})
+    return built, sharding.join(own, {"params": base})
 
 
 def inference_step(workdir: Path, which: str = "best") -> int:

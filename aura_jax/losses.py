@@ -58,6 +58,17 @@ def relative_l2(h: jax.Array, base: jax.Array, mask: jax.Array) -> SumCount:
     return _masked(jnp.sum((h - base) ** 2, -1) / (jnp.sum(base**2, -1) + 1e-6), mask)
 
 
+def quantity(total: jax.Array, n_tokens: jax.Array) -> SumCount:
+    """Returns the sum over clips of |total / n - 1|, and the number of clips.
+
+    Args:
+      total: [...], the tokens that an embedder would give each clip: its weights' sum (BLSP-KD, arXiv 2405.19041).
+      n_tokens: [...], those that the clip's transcript has; 0 where there is no clip.
+    """
+    there = n_tokens > 0
+    return _masked(jnp.abs(total / jnp.maximum(n_tokens, 1) - 1), there)
+
+
 def _over_chunks(chunk_sum: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], chunk: int) -> jax.Array:
     """Sums `chunk_sum` over chunks of about `chunk` targets, holding one chunk's logits at a time.
 

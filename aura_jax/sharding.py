@@ -48,7 +48,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/(down|fc2)/kernel$", ("mlp", "width")),
     (r"mlp/down/a$", ("outer", None)),
     (r"mlp/down/b$", (None, "width")),
-    (r"(conv1|conv2|patch|proj)/kernel$", (None, "width")),
+    (r"(conv\d|patch|proj|fired|gate|up|down)/kernel$", (None, "width")),
     (r"heads/kernel$", ("width", None)),
     (r"(scale|bias|mean|std|positions|gain|text_rms)$", ()),
 )

@@ -23,6 +23,9 @@ from aura_jax.models.lora import LoRAConfig, float_dtype
 from aura_jax.models.speech_llm import SpeechLLM, SpeechLLMConfig
 from aura_jax.models.whisper import WhisperConfig, WhisperEncoder
 
+# Variables below these are read from files, and no checkpoint holds them unless they were trained.
+BASE = ("params/llm/", "params/encoder/", "teacher/")
+
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a directory has one of them
 
 
@@ -31,7 +34,7 @@ class System:
     """A configured speech LLM and, if one is named, its teacher: everything but the weights.
 
     Attributes:
-      llm_dir, teacher_dir: Hugging Face directories of the frozen weights.
+      llm_dir, teacher_dir, encoder_dir: Hugging Face directories of the frozen weights.
       pairs: (student block, teacher block) that distillation compares.
       frames_per_token: 50 Hz teacher frames that one audio token covers.
     """
@@ -39,6 +42,7 @@ class System:
     config: Config
     llm_dir: Path
     teacher_dir: Path | None
+    encoder_dir: Path | None
     model: SpeechLLM
     teacher: WhisperEncoder | None
     teacher_config: WhisperConfig | None
@@ -51,6 +55,11 @@ class System:
     def n_mels(self) -> int:
         return self.model.config.embedder.n_mels
 
+    @property
+    def token_rate(self) -> float | None:
+        """Audio tokens a second in training; None: a clip has as many as its transcript."""
+        return None if self.config.embedder.kind == "cformer" else self.config.embedder.token_rate
+
 
 def build(config: Config) -> System:
     """Reads the models' configs and tokenizer and puts the modules together; loads no weights.
@@ -62,27 +71,35 @@ def build(config: Config) -> System:
     llm = hf.load_llm_config(llm_dir)
     teacher_dir = assets.resolve(config.model.teacher) if config.model.teacher else None
     whisper = hf.load_whisper_config(teacher_dir) if teacher_dir else None
+    encoder_dir = assets.resolve(config.model.encoder) if config.model.encoder else None
+    encoder = hf.load_whisper_config(encoder_dir) if encoder_dir else None
 
-    lora = LoRAConfig(
-        n_blocks=config.lora.n_blocks,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        rslora=config.lora.rslora,
-        targets=tuple(config.lora.targets),
-        scope=config.lora.scope,
-    )
+    lora = None
+    if config.lora.n_blocks:
+        lora = LoRAConfig(
+            n_blocks=llm.n_blocks if config.lora.n_blocks == -1 else config.lora.n_blocks,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            rslora=config.lora.rslora,
+            targets=tuple(config.lora.targets),
+            scope=config.lora.scope,
+        )
     if whisper is None and config.embedder.from_teacher and config.embedder.kind == "stem":
         raise UserError("embedder.from_teacher needs model.teacher: name a Whisper, or set embedder.from_teacher=False")
+    like = encoder or whisper
     embedder = EmbedderConfig(
         kind=config.embedder.kind,
-        n_mels=whisper.n_mels if whisper else 80,
-        width=whisper.width if whisper else llm.width,
+        n_mels=like.n_mels if like else 80,
+        width=like.width if like else llm.width,
         out_width=llm.width,
         frames_per_token=frames_per_token(config.embedder.token_rate),
+        hidden=config.embedder.hidden or llm.width,
+        n_before=config.embedder.n_before,
+        n_after=config.embedder.n_after,
     )
     dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
     model = SpeechLLM(
-        SpeechLLMConfig(llm, embedder, lora, config.model.mask, config.model.chunk),
+        SpeechLLMConfig(llm, embedder, lora, config.model.mask, config.model.chunk, encoder),
         dtype,
         param_dtype,
         config.model.attention,
@@ -90,7 +107,7 @@ def build(config: Config) -> System:
         matmul_dtype=jnp.dtype(config.model.matmul_dtype) if config.model.matmul_dtype else None,
     )
     pairs = ()
-    if whisper is not None:
+    if whisper is not None and lora is not None:
         given = tuple(tuple(pair) for pair in config.distill.pairs)
         pairs = layer_map(config.distill.layer_map, lora.n_blocks, whisper.encoder_blocks, given)
     teacher = None
@@ -102,6 +119,7 @@ def build(config: Config) -> System:
         config=config,
         llm_dir=llm_dir,
         teacher_dir=teacher_dir,
+        encoder_dir=encoder_dir,
         model=model,
         teacher=teacher,
         teacher_config=whisper,
@@ -124,8 +142,9 @@ def build_text(config: Config) -> System:
       UserError: as `build`.
     """
     config = config.copy_and_resolve_references()
-    config.model.teacher, config.embedder.from_teacher = "", False
-    config.lora.n_blocks = 1  # no adapter acts, and the config's may be more than the LLM has
+    config.model.teacher, config.model.encoder = "", ""
+    config.embedder.update(kind="patch", from_teacher=False)
+    config.lora.n_blocks = 0
     return build(config)
 
 
@@ -162,12 +181,12 @@ def _init(system: System, key: jax.Array) -> dict:
     ctx = Context(tokens, tokens + 1, tokens + 1, tokens + 1)
 
     def touch_everything(module: SpeechLLM) -> jax.Array:
-        module.embed_audio(jnp.zeros((1, 1, 2 * c.embedder.frames_per_token, c.embedder.n_mels)), tokens + 1)
+        module.embed_audio(jnp.zeros((1, 1, 2 * c.embedder.frames_per_token, c.embedder.n_mels)), tokens + 1, 1)
         x = module.embed_text(tokens)
         return module.logits(module.llm(x, ctx)[0])
 
     variables = dict(model.init({"params": keys["params"], "lora": keys["lora"]}, method=touch_everything))
-    if system.teacher_config is not None:
+    if system.pairs and system.teacher_config is not None:
         n = len(system.pairs) if system.config.distill.head == "own" else 1
         width, out = c.llm.width, system.teacher_config.width
         variables["heads"] = {
@@ -178,25 +197,25 @@ def _init(system: System, key: jax.Array) -> dict:
 
 
 def new_variables(system: System, mesh: Mesh, seed: int) -> dict:
-    """Draws what a run trains: adapters, embedder and heads, on the mesh; without the LLM's own weights.
+    """Draws what a run trains: adapters, embedder and heads, on the mesh; without the weights that are read from files.
 
     A stem of the teacher's shape, if so configured, and the text embeddings' size are filled in by
     `initial_variables`.
     """
-    init = lambda key: _without_llm(_init(system, key))
+    init = lambda key: _without_base(_init(system, key))
     key = jax.random.key(seed)
     shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
     # What the result does not hold, the compiler never draws.
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def _without_llm(variables: dict) -> dict:
-    params = {k: v for k, v in variables["params"].items() if k != "llm"}
+def _without_base(variables: dict) -> dict:
+    params = {k: v for k, v in variables["params"].items() if k not in ("llm", "encoder")}
     return {**variables, "params": params}
 
 
 def abstract_variables(system: System) -> dict:
-    """Returns shapes and dtypes of the student's variables, LLM included."""
+    """Returns shapes and dtypes of the student's variables, LLM and encoder included."""
     return jax.eval_shape(functools.partial(_init, system), jax.random.key(0))
 
 
@@ -232,6 +251,19 @@ def load_teacher(system: System, mesh: Mesh) -> dict:
     )
 
 
+def load_base(system: System, mesh: Mesh) -> dict:
+    """Reads what `params` holds of files: the LLM, and the encoder if one is kept."""
+    params, encoder = {"llm": load_llm(system, mesh)}, system.model.config.encoder
+    if encoder is not None and system.encoder_dir is not None:
+        params["encoder"] = hf.load_whisper_encoder(
+            system.encoder_dir,
+            encoder,
+            dtype=float_dtype(system.model.param_dtype, system.model.dtype),
+            sharding=_by_table(mesh, "params/encoder/"),
+        )
+    return params
+
+
 def _by_table(mesh: Mesh, prefix: str):
     return lambda path, shape: jax.sharding.NamedSharding(mesh, sharding.parameter_spec(prefix + path, shape, mesh))
 
@@ -239,7 +271,7 @@ def _by_table(mesh: Mesh, prefix: str):
 def initial_variables(system: System, mesh: Mesh) -> dict:
     """Returns all variables at the start of a run: `params`, `lora`, `heads`, and `teacher` if there is one."""
     variables = new_variables(system, mesh, system.config.seed)
-    variables["params"]["llm"] = load_llm(system, mesh)
+    variables["params"] |= load_base(system, mesh)
     embedder = variables["params"]["embedder"]
     rms = jax.jit(lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))
     embedder["text_rms"] = rms(variables["params"]["llm"]["embed"]["embedding"])

@@ -165,15 +165,16 @@ def test_eval(tiny_workdir, manifest, capsys, tmp_path, monkeypatch):
     assert len(lines) == 4 and lines[0]["reference"] == "Turn on the lights."
 
 
-def test_eval_of_the_cascade_takes_the_config_s_sets(tiny_workdir, manifest, capsys, tmp_path):
+def test_eval_of_untrained_systems_takes_the_config_s_sets(tiny_workdir, manifest, capsys, tmp_path):
     c = config.from_json(tiny_workdir / "config.json")
     (tmp_path / "whisper").mkdir()
     random_models.build_whisper(tmp_path / "whisper", window_seconds=2)
     c.model.teacher = str(tmp_path / "whisper")
     c.eval.sets = {"mine": str(manifest)}
     (tmp_path / "config.json").write_text(config.to_json(c))
-    assert cli.main(["eval", "--workdir", str(tmp_path), "--system", "cascade"]) == 0
-    assert "mine" in capsys.readouterr().out
+    for name in ("whisper", "cascade", "oracle"):
+        assert cli.main(["eval", "--workdir", str(tmp_path), "--system", name]) == 0
+        assert "mine" in capsys.readouterr().out
     c.model.teacher = ""
     (tmp_path / "config.json").write_text(config.to_json(c))
     assert "names no Whisper" in mistake(capsys, "eval", "--workdir", str(tmp_path), "--system", "cascade")

@@ -73,9 +73,17 @@ def test_a_file_may_import_its_neighbours(file, tmp_path):
     assert config.load([f"--config={file('c.seed = 3', text)}"]).seed == 3
 
 
+def test_a_file_may_take_a_base(file, tmp_path):
+    Path(file("c.seed = 3")).rename(tmp_path / "base.py")
+    text = "from aura_jax.config import read\ndef get_config(base):\n    c = read(base)\n    BODY\n    return c\n"
+    argument = f"--config={file('c.seed += 1', text)}:{tmp_path / 'base.py'}"
+    assert config.load([argument]).seed == 4
+    assert "no config file" in the_line(config.load, [argument + "x"])
+
+
 def test_shipped_configs_are_valid():
-    files = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
-    assert {"quickstart.py", "smoke.py"} <= {f.name for f in files}
+    files = sorted((Path(__file__).parents[1] / "configs").rglob("[!_]*.py"))
+    assert {"quickstart.py", "smoke.py", "bridge.py"} <= {f.name for f in files}
     for f in files:
         assert config.load([f"--config={f}"]).train.schedule
 
@@ -186,6 +194,14 @@ def test_what_is_valid_passes():
         ("train.profile_start", -1, "train.profile_start must be at least 0, not -1"),
         ("train.profile_steps", -1, "train.profile_steps must be at least 0, not -1"),
         ("lora.alpha", 0.0, "lora.alpha must be above 0, not 0.0"),
+        ("lora.n_blocks", -2, "lora.n_blocks must be at least -1, not -2"),
+        ("lora.n_blocks", 0, "train.stages.first distils into the blocks that LoRA adapts, and lora.n_blocks is 0"),
+        ("embedder.n_before", -1, "embedder.n_before must be at least 0, not -1"),
+        ("embedder.hidden", 8, "embedder.hidden is for stack and conv: embedder.kind 'stem' has none"),
+        ("embedder.kind", "cformer", "distils frame by frame, and embedder.kind 'cformer' has no frames"),
+        ("kd.temperature", 0.0, "kd.temperature must be above 0, not 0.0"),
+        ("train.stages.second.objectives.input_kd", 1.0, "input_kd needs an audio token for each token of the transcr"),
+        ("train.stages.second.objectives.quantity", 1.0, "set embedder.kind to 'cformer'"),
         ("data.train", ("my.jsonl",), """'my.jsonl' is no pair of a manifest and its passes per epoch: write (("""),
         ("data.train", ("my.jsonl", 1.0), """such as --config.data.train='(("my.jsonl", 1.0),)'"""),
         ("data.train", (("my.jsonl", "1"),), "('my.jsonl', '1') is no pair"),
@@ -221,6 +237,12 @@ def test_impossible_values_are_named(key, value, message):
     assert message in the_line(config.validate, c)
 
 
+_NO_LORA = {
+    "lora.n_blocks": 0,
+    "train.stages.first.objectives.distill": 0.0,
+    "train.stages.first.objectives.lm": 1.0,
+    "train.stages.second.objectives.distill": 0.0,
+}
 _PLORA = {"lora.scope": "audio"}
 _ANCHORED = {"train.stages.second.objectives.text_anchor": 1.0, "data.text_pool": "pool.jsonl"}
 
@@ -236,6 +258,14 @@ _ANCHORED = {"train.stages.second.objectives.text_anchor": 1.0, "data.text_pool"
             {"train.stages.first.merge_lora": True, "train.stages.second.merge_lora": True},
             "train.stages.second: merge_lora, but an earlier stage merged LoRA",
         ),
+        (
+            {"train.stages.second.merge_lora": True, "train.stages.second.objectives.response_kd": 1.0},
+            "train.stages.second: response_kd compares with the LLM without adapters, which merge_lora ended",
+        ),
+        ({"model.encoder": "a-whisper", "model.normalisation": "streaming"}, "'streaming' is for embedders of frames"),
+        (_NO_LORA | {"lora.text_energy": 0.5}, "lora.text_energy below 1 confines LoRA, and lora.n_blocks is 0"),
+        (_NO_LORA | {"train.stages.second.merge_lora": True}, "lora.n_blocks is 0: there is nothing to merge"),
+        (_NO_LORA | _ANCHORED, "anchors text, which nothing changes, because lora.n_blocks is 0"),
         ({"distill.pairs": (1, 2)}, "distill.pairs: 1 is no pair of blocks: write (("),
         ({"distill.layer_map": "list", "distill.pairs": ((1, 0.5),)}, "distill.pairs: (1, 0.5) is no pair"),
     ],

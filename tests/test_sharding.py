@@ -35,7 +35,7 @@ def abstract_variables(llm: LLMConfig, kind: str) -> dict:
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def touch_everything(m: SpeechLLM):
-        m.embed_audio(jnp.zeros((1, 1, 8, 8)), tokens + 8)
+        m.embed_audio(jnp.zeros((1, 1, 8, 8)), tokens + 8, 1)
         return m.logits(m.llm(m.embed_text(tokens), text_context(tokens, tokens + 1))[0])
 
     keys = {"params": jax.random.key(0), "lora": jax.random.key(0)}

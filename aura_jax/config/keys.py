@@ -12,7 +12,17 @@ from aura_jax.errors import UserError, nearest
 # A ConfigDict, whose attributes no type checker knows.
 Config: TypeAlias = Any
 
-OBJECTIVES = ("lm", "distill", "text_anchor", "text_kd")
+OBJECTIVES = (
+    "lm",
+    "distill",
+    "response_kd",
+    "input_kd",
+    "quantity",
+    "hidden_l2",
+    "embedding_l2",
+    "text_anchor",
+    "text_kd",
+)
 
 # Nodes whose keys the user names.
 OPEN = ("train.stages", "eval.sets", "data.template_kwargs")
@@ -51,7 +61,8 @@ def default() -> Config:
     c.model = ConfigDict(
         dict(
             llm="",  # a directory, an asset's name, or hf://owner/name[@revision]
-            teacher="",  # likewise, a Whisper
+            teacher="",  # likewise, a Whisper: what is distilled from
+            encoder="",  # likewise, a Whisper that stays in the model, for an embedder.kind that reads its states
             dtype="float32",  # of the computation: float32 or bfloat16
             # Frozen weights are stored in this. int8: the LLM's linears, one scale for each output; all else as dtype.
             param_dtype="float32",
@@ -65,7 +76,7 @@ def default() -> Config:
     )
     c.lora = ConfigDict(
         dict(
-            n_blocks=12,  # the first N blocks of the LLM
+            n_blocks=12,  # the first N blocks of the LLM; -1: all; 0: no LoRA
             rank=64,
             alpha=64.0,
             rslora=False,
@@ -77,9 +88,12 @@ def default() -> Config:
     )
     c.embedder = ConfigDict(
         dict(
-            kind="stem",  # stem or patch
-            token_rate=12.5,  # Hz: 25, 12.5, 8.33 or 6.25
-            from_teacher=True,  # stem: start from the teacher's convolutions; patch has none, and starts at random
+            kind="stem",  # stem or patch; with an encoder, stack, conv or cformer
+            token_rate=12.5,  # Hz: 25, 12.5, 8.33 or 6.25; of cformer, the most that there may be
+            from_teacher=True,  # stem: start from the teacher's convolutions; the others start at random
+            hidden=0,  # width of the hidden layer of stack and conv; 0: the LLM's width
+            n_before=2,  # blocks of cformer before it decides what is a token
+            n_after=2,  # and after
         )
     )
     c.teacher = ConfigDict(
@@ -97,6 +111,7 @@ def default() -> Config:
             target_norm="standardise",  # standardise (per channel), layernorm, or none
         )
     )
+    c.kd = ConfigDict(dict(temperature=1.0))  # of both readings in response_kd and input_kd
     c.data = ConfigDict(
         dict(
             train=(),  # (manifest or folder of shards, passes per epoch) pairs

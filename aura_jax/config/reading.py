@@ -18,13 +18,13 @@ from aura_jax.errors import UserError, nearest
 
 
 def load(argv: Sequence[str]) -> Config:
-    """Reads `--config=FILE` and `--config.a.b=value` arguments.
+    """Reads `--config=FILE` and `--config.a.b=value` arguments; FILE:BASE gives get_config an argument.
 
     Raises:
       UserError: for a missing or broken file, an unknown key (the nearest is suggested), or a value of another type.
     """
     path, overrides = _config_file(argv)
-    config = _apply(_read(path), overrides)
+    config = _apply(read(path), overrides)
     validate(config)
     return config
 
@@ -97,17 +97,26 @@ def _config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
     return path, others
 
 
-def _read(path: str) -> Config:
-    """Runs a config file, which may import its neighbours, and returns what its get_config() returns."""
+def read(path: str) -> Config:
+    """Runs a config file, which may import its neighbours, and returns what its get_config() returns.
+
+    Args:
+      path: FILE, or FILE:BASE, whose get_config(BASE) is asked: such as a system's, for other data than its own.
+
+    Raises:
+      UserError: as `load`.
+    """
+    path, colon, base = path.partition(":")
     if not Path(path).is_file():
         raise UserError(f"no config file {path}: configs/ holds the shipped ones")
-    neighbours = str(Path(path).resolve().parent.parent)  # `from configs import quickstart`
-    sys.path.append(neighbours)
+    # `from configs import quickstart`, also from a folder of configs/.
+    neighbours = [str(folder) for folder in Path(path).resolve().parents[1:3]]
+    sys.path.extend(neighbours)
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
             raise UserError("has no get_config(): start from a file in configs/")
-        config = get_config()
+        config = get_config(base) if colon else get_config()
         if not isinstance(config, ConfigDict):
             raise UserError("get_config() must change what aura_jax.config.default() returns, and return it")
         check_structure(config)
@@ -118,7 +127,8 @@ def _read(path: str) -> Config:
         where = f"{path}:{lines[-1]}" if lines else path
         raise UserError(f"{where}: {_one_line(error)}") from error
     finally:
-        sys.path.remove(neighbours)
+        for folder in neighbours:
+            sys.path.remove(folder)
     return config
 
 

@@ -10,6 +10,9 @@ from aura_jax.config.keys import OPEN, Config, default, stage
 from aura_jax.errors import UserError, nearest
 
 _TEXT_OBJECTIVES = {"text_anchor", "text_kd"}
+_READING_OBJECTIVES = {"response_kd", "input_kd", "hidden_l2", "embedding_l2"}
+_OF_CFORMER = {"input_kd", "quantity"}
+_WITH_HIDDEN = ("stack", "conv")  # embedder.kind
 _NOISES = ("babble", "white")
 
 _ONE_OF = {
@@ -27,8 +30,12 @@ _ONE_OF = {
 }
 _AT_LEAST = {
     "data.batch_size": 1,
+    "embedder.hidden": 0,
+    "embedder.n_after": 0,
+    "embedder.n_before": 0,
     "data.min_seconds": 0,
     "data.workers": 0,
+    "lora.n_blocks": -1,
     "optimizer.weight_decay": 0,
     "train.accumulate": 1,
     "train.checkpoint_every": 1,
@@ -59,6 +66,7 @@ def validate(c: Config) -> None:
     if not c.model.llm:
         raise UserError("model.llm is empty: name a directory, an asset (aura-jax assets list) or hf://owner/name")
     _validate_lora(c)
+    _validate_audio_path(c)
     for pair in c.distill.pairs:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, int) for x in pair)):
             raise UserError(f"distill.pairs: {pair!r} is no pair of blocks: write ((STUDENT, TEACHER), ...)")
@@ -112,8 +120,23 @@ def _validate_lora(c: Config) -> None:
         raise UserError(f"lora.alpha must be above 0, not {c.lora.alpha}")
     if not 0 < c.lora.text_energy <= 1:
         raise UserError(f"lora.text_energy is a share above 0 and up to 1, not {c.lora.text_energy}")
+    if c.lora.text_energy < 1 and not c.lora.n_blocks:
+        raise UserError("lora.text_energy below 1 confines LoRA, and lora.n_blocks is 0: set text_energy to 1")
     if c.lora.text_energy < 1 and not c.data.text_pool:
         raise UserError("lora.text_energy below 1 needs text to measure: name a JSON lines file in data.text_pool")
+
+
+def _validate_audio_path(c: Config) -> None:
+    if c.model.encoder and c.model.normalisation != "whisper":
+        raise UserError(
+            f"model.normalisation {c.model.normalisation!r} is for embedders of frames: the encoder in model.encoder "
+            "was trained on 'whisper'"
+        )
+    if c.embedder.hidden and c.embedder.kind not in _WITH_HIDDEN:
+        kinds = " and ".join(_WITH_HIDDEN)
+        raise UserError(f"embedder.hidden is for {kinds}: embedder.kind {c.embedder.kind!r} has none")
+    if c.kd.temperature <= 0:
+        raise UserError(f"kd.temperature must be above 0, not {c.kd.temperature}")
 
 
 def _validate_data(data: Config) -> None:
@@ -152,6 +175,8 @@ def _validate_schedule(c: Config) -> None:
         if c.train.stages[name].merge_lora:
             if merged:
                 raise UserError(f"train.stages.{name}: merge_lora, but an earlier stage merged LoRA: set it to False")
+            if not c.lora.n_blocks:
+                raise UserError(f"train.stages.{name}: merge_lora, but lora.n_blocks is 0: there is nothing to merge")
             if c.lora.scope == "audio":
                 raise UserError(
                     "lora.scope 'audio' (PLoRA) acts at audio tokens only and cannot be merged: drop merge_lora"
@@ -164,6 +189,11 @@ def _validate_schedule(c: Config) -> None:
             merged = True
         if _TEXT_OBJECTIVES & _active(c.train.stages[name]):
             _validate_text_objectives(c, name, merged)
+        if merged and (reading := _READING_OBJECTIVES & _active(c.train.stages[name])):
+            raise UserError(
+                f"train.stages.{name}: {min(reading)} compares with the LLM without adapters, which merge_lora ended: "
+                "set it to 0"
+            )
 
 
 def _validate_stage(c: Config, name: str) -> None:
@@ -179,6 +209,15 @@ def _validate_stage(c: Config, name: str) -> None:
         raise UserError(f"{where}.objectives: every weight is 0")
     if "distill" in _active(stage_) and not c.model.teacher:
         raise UserError(f"{where} distils, but model.teacher is empty: name a Whisper")
+    if c.embedder.kind != "cformer" and (only := _OF_CFORMER & _active(stage_)):
+        raise UserError(
+            f"{where}: {min(only)} needs an audio token for each token of the transcript: set embedder.kind to "
+            "'cformer'"
+        )
+    if "distill" in _active(stage_) and c.embedder.kind == "cformer":
+        raise UserError(f"{where} distils frame by frame, and embedder.kind 'cformer' has no frames: set distill to 0")
+    if "distill" in _active(stage_) and not c.lora.n_blocks:
+        raise UserError(f"{where} distils into the blocks that LoRA adapts, and lora.n_blocks is 0: raise it")
 
 
 def _validate_text_objectives(c: Config, name: str, merged: bool) -> None:
@@ -187,6 +226,8 @@ def _validate_text_objectives(c: Config, name: str, merged: bool) -> None:
             f"train.stages.{name} anchors text to the LLM without adapters, which merge_lora ended: "
             "set text_anchor and text_kd to 0"
         )
+    if not c.lora.n_blocks:
+        raise UserError(f"train.stages.{name} anchors text, which nothing changes, because lora.n_blocks is 0")
     if not c.data.text_pool:
         raise UserError(f"train.stages.{name} uses text, but data.text_pool is empty: name a JSON lines file")
     _multiple_of_accumulate(c, "text_rows")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aura_jax.audio.features import n_audio_tokens
-from aura_jax.data.batch import Batch
+from aura_jax.data.batch import Batch, Reading
 from aura_jax.data.plan import Shape
 
 
@@ -18,6 +18,7 @@ class Example(NamedTuple):
     response_ids: Sequence[int] = ()  # targets; the last one is predicted, never read
     waveform_S: np.ndarray | None = None  # float32, 16 kHz; None = text-only
     teacher_PxAxE: np.ndarray | None = None  # float16, one state per audio token
+    transcript_ids: Sequence[int] = ()  # what stands for the audio in the text reading
 
 
 def assemble(
@@ -25,7 +26,7 @@ def assemble(
     shape: Shape,
     *,
     layout: str,
-    token_rate: float,
+    token_rate: float | None,
     teacher_shape: tuple[int, int] | None = None,
 ) -> Batch:
     """Lays examples out in columns.
@@ -38,7 +39,7 @@ def assemble(
         rows: the examples of each row; a row without any is padding of weight 0.
         shape: static shape; `n_rows` is not read: the batch has `len(rows)` rows.
         layout: "slot" (one example a row at most) or "packed".
-        token_rate: audio tokens a second (Hz).
+        token_rate: audio tokens a second (Hz); None: a clip has as many as its transcript.
         teacher_shape: (P, E) of the examples' teacher states. None: they have none.
 
     Returns:
@@ -66,21 +67,62 @@ def assemble(
         teacher_BxKxPxAxE=np.zeros((B, K, teacher_shape[0], A, teacher_shape[1]), np.float16)
         if teacher_shape
         else None,
+        reading=_empty_reading(shape, B) if shape.n_reading else None,
     )
     for b, examples in enumerate(rows):
         if layout == "slot" and len(examples) > 1:
             raise ValueError(f"{len(examples)} examples in a row of the slot layout")
-        free = n_clips = n_targets = 0
+        free = n_clips = n_targets = n_read = 0
         for segment, example in enumerate(examples, 1):
-            n_audio = 0 if example.waveform_S is None else int(n_audio_tokens(len(example.waveform_S), token_rate))
+            n_audio = _n_audio(example, token_rate)
             free, columns = _columns(example, n_audio, free, shape, layout)
             if free > T or n_clips + bool(n_audio) > K or n_targets + len(example.response_ids) > R or n_audio > A:
                 raise ValueError(f"an example does not fit {shape}")
+            if batch.reading is not None:
+                n_read = _write_reading(batch.reading, b, segment, example, n_read, n_clips, n_targets)
             n_targets = _write_text(batch, b, segment, example, columns, n_audio, n_targets)
             if n_audio:
                 _write_clip(batch, b, n_clips, example, columns[len(example.prefix_ids) :][:n_audio])
                 n_clips += 1
     return batch
+
+
+def _n_audio(example: Example, token_rate: float | None) -> int:
+    if example.waveform_S is None:
+        return 0
+    if token_rate is None:
+        return len(example.transcript_ids)
+    return int(n_audio_tokens(len(example.waveform_S), token_rate))
+
+
+def _empty_reading(shape: Shape, n_rows: int) -> Reading:
+    zeros = lambda *dims: np.zeros((n_rows, *dims), np.int32)
+    return Reading(
+        tokens_BxU=zeros(shape.n_reading),
+        position_BxU=zeros(shape.n_reading),
+        segment_BxU=zeros(shape.n_reading),
+        target_position_BxR=zeros(shape.n_targets),
+        transcript_position_BxKxI=zeros(shape.n_clips, shape.n_transcript),
+        n_transcript_BxK=zeros(shape.n_clips),
+    )
+
+
+def _write_reading(reading: Reading, b: int, segment: int, example: Example, free: int, k: int, n_targets: int) -> int:
+    """The example as text, from column `free` on. Returns the first column free after it."""
+    before, spoken, n = len(example.prefix_ids), len(example.transcript_ids), len(example.response_ids)
+    ids = [*example.prefix_ids, *example.transcript_ids, *example.suffix_ids, *example.response_ids[:-1]]
+    end = free + len(ids)
+    if end > reading.tokens_BxU.shape[1] or spoken > reading.transcript_position_BxKxI.shape[2]:
+        raise ValueError(f"an example of {len(ids)} tokens with its transcript does not fit the text reading")
+    columns = np.arange(free, end)
+    reading.tokens_BxU[b, columns] = ids
+    reading.position_BxU[b, columns] = columns - free
+    reading.segment_BxU[b, columns] = segment
+    reading.target_position_BxR[b, n_targets : n_targets + n] = columns[len(columns) - n :]
+    if example.waveform_S is not None:
+        reading.transcript_position_BxKxI[b, k, :spoken] = columns[before : before + spoken]
+        reading.n_transcript_BxK[b, k] = spoken
+    return end
 
 
 def _columns(example: Example, n_audio: int, free: int, shape: Shape, layout: str) -> tuple[int, np.ndarray]:

@@ -6,6 +6,7 @@ Dimensions, used in every array name of this room:
     T  token columns of a row        R  targets of a row
     K  clips of a row                P  taught pairs of blocks (teacher taps)
     A  audio tokens of a clip        E  width of the teacher
+    U  columns of a text reading     I  tokens of a transcript
     M  rows of plain text            L  tokens of a row of plain text
 
 A row holds one example or several (packed). An example is a *segment* of columns: prefix, audio span, suffix, response.
@@ -45,6 +46,26 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
+class Reading(NamedTuple):
+    """The same rows read as text: in every speech example the transcript's tokens stand where the audio does.
+
+    Examples follow each other without holes. What is text only in the batch is the same here.
+
+    Attributes:
+        tokens_BxU, position_BxU, segment_BxU: int32, as of the batch; a segment has the same number in both.
+        target_position_BxR: int32, the column whose hidden state predicts the batch's target.
+        transcript_position_BxKxI: int32, the columns of the transcript of that clip; 0 where there is none.
+        n_transcript_BxK: int32, its tokens.
+    """
+
+    tokens_BxU: Array
+    position_BxU: Array
+    segment_BxU: Array
+    target_position_BxR: Array
+    transcript_position_BxKxI: Array
+    n_transcript_BxK: Array
+
+
 class Batch(NamedTuple):
     """One batch, or one host's part of it.
 
@@ -67,6 +88,7 @@ class Batch(NamedTuple):
             None if not precomputed.
         text_tokens_MxL: int32, rows of plain text; None if the run uses no text pool.
         text_segment_MxL: int32, the document within the row, 1..; 0 = padding; None with `text_tokens_MxL`.
+        reading: the rows as text; None if no objective reads it.
     """
 
     tokens_BxT: Array
@@ -85,3 +107,4 @@ class Batch(NamedTuple):
     teacher_BxKxPxAxE: Array | None = None
     text_tokens_MxL: Array | None = None
     text_segment_MxL: Array | None = None
+    reading: Reading | None = None

@@ -185,7 +185,8 @@ class _Batches:
                         f"{row.where}: no teacher states for this clip at speed {pick.speed:.3g}: compute them again"
                     ) from None
         ids = source.prefix_ids[i], source.suffix_ids[i], source.response_ids[i]
-        return Example(*ids, waveform_S=waveform_S, teacher_PxAxE=teacher_PxAxE)
+        spoken = source.transcript_ids[i] if source.transcript_ids is not None else ()
+        return Example(*ids, waveform_S=waveform_S, teacher_PxAxE=teacher_PxAxE, transcript_ids=spoken)
 
     def _waveform(self, path: str, planned: int, speed: float) -> np.ndarray:
         """The clip at `speed`, no longer than planned, so that it fits the batch's shape."""

@@ -20,6 +20,7 @@ from aura_jax.errors import UserError, nearest
 
 LAYOUTS = ("slot", "packed")
 BUCKETS = (2.0, 4.0, 8.0, 16.0, 30.0)  # seconds, where data.buckets names none
+_READING_STEP = 8  # columns: text readings are as long as a multiple of it
 _SHUFFLE, _SUBSET, _ORDER = range(3)  # what a random stream of an epoch is for
 
 
@@ -31,6 +32,7 @@ class Lengths(NamedTuple):
     n_prefix_N: np.ndarray  # tokens before the audio; of a text-only row, all before the response
     n_suffix_N: np.ndarray  # tokens between audio and response
     n_response_N: np.ndarray  # targets
+    n_transcript_N: np.ndarray | None = None  # tokens of a clip's transcript; None: rows are not read as text
 
 
 class Shape(NamedTuple):
@@ -43,6 +45,8 @@ class Shape(NamedTuple):
     n_samples: int  # S
     n_targets: int  # R
     n_prefix: int
+    n_reading: int = 0  # U; 0: rows are not read as text
+    n_transcript: int = 0  # I
 
 
 class Pick(NamedTuple):
@@ -91,7 +95,7 @@ class BatchPlan:
         batch_size: rows of a whole batch, over all hosts.
         bucket_seconds: upper edges of the audio buckets, after the change of speed, each rounded up to whole audio
             tokens. Text-only rows go into the smallest.
-        token_rate: audio tokens a second (Hz).
+        token_rate: audio tokens a second (Hz); None: a clip has as many as its transcript.
         seed: of all randomness here.
         weights: passes that an epoch makes over each source; default 1 each.
         speeds: factors; each row has one of them in each epoch, by a hash of (seed, epoch, row).
@@ -119,7 +123,7 @@ class BatchPlan:
         *,
         batch_size: int,
         bucket_seconds: Sequence[float],
-        token_rate: float,
+        token_rate: float | None,
         seed: int = 0,
         weights: Sequence[float] | None = None,
         speeds: Sequence[float] = (1.0,),
@@ -141,12 +145,21 @@ class BatchPlan:
         samples_N, prefix_N, suffix_N, response_N = (
             np.concatenate([np.asarray(source[field], np.int64) for source in lengths]) for field in range(1, 5)
         )
+        if token_rate is None and any(source.n_transcript_N is None for source in lengths):
+            raise ValueError("without a token rate every source needs n_transcript_N")
+        reads = all(source.n_transcript_N is not None for source in lengths)
+        transcript_N = np.concatenate(
+            [
+                np.zeros(len(source.n_samples_N), np.int64) if source.n_transcript_N is None else source.n_transcript_N
+                for source in lengths
+            ]
+        )
         hears_N = samples_N > 0
         # The last token of a response is predicted, never read: it takes no column.
         text_N = prefix_N + suffix_N + np.maximum(response_N - 1, 0)
         # audio.augment.speed_samples, for whole arrays.
         self._samples_VxN = np.stack([np.rint(samples_N / speed) for speed in self.speeds]).astype(np.int64)
-        whole_token = encoder_samples(frames_per_token(token_rate))
+        whole_token = encoder_samples(1 if token_rate is None else frames_per_token(token_rate))
         edges = {-(-round(edge * SAMPLE_RATE) // whole_token) * whole_token for edge in bucket_seconds}
         self._sample_edges = sorted(edges) or [0]
         self._check_audio_fits()
@@ -162,21 +175,41 @@ class BatchPlan:
             # A row of a smaller bucket may be promoted into this one, so its targets must fit too.
             targets = [int(response_N[self._text_bucket_N <= j].max(initial=1)) for j in range(len(after_edges))]
             text_shapes = list(zip(after_edges, targets, strict=True))
+            audio_bucket_N = np.searchsorted(self._sample_edges, self._samples_VxN.min(axis=0))
+
+            def readings(i: int, j: int) -> tuple[int, int]:
+                """(U, I) of the rows that may come into a bucket: its own, and those promoted from smaller ones."""
+                in_N = (audio_bucket_N <= i) & (self._text_bucket_N <= j)
+                longest = int((text_N + transcript_N)[in_N].max(initial=1))
+                return -(-longest // _READING_STEP) * _READING_STEP, int(transcript_N[in_N].max(initial=1))
         else:
             assert pack_tokens is not None and pack_clips is not None  # _check_arguments saw to it
             n_prefix, self._text_bucket_N = 0, np.zeros(self.n_rows, np.int64)
-            tokens_VxN = text_N + n_audio_tokens(self._samples_VxN, token_rate)
+            spoken = transcript_N if token_rate is None else n_audio_tokens(self._samples_VxN, token_rate)
+            tokens_VxN = np.broadcast_to(text_N + spoken, self._samples_VxN.shape)
             share = response_N.sum() / max(1, tokens_VxN[0].sum())
             pack_targets = max(1, int(response_N.max()), int(np.ceil(1.25 * share * pack_tokens)))
-            self._pack_limits = (pack_tokens, pack_clips, pack_targets)
-            self._pack_sizes_VxNxC = np.stack(np.broadcast_arrays(tokens_VxN, hears_N, response_N), axis=-1)
+            sizes, self._pack_limits = [tokens_VxN, hears_N, response_N], (pack_tokens, pack_clips, pack_targets)
+            if reads:
+                sizes.append(text_N + transcript_N)
+                self._pack_limits += (pack_tokens,)
+            self._pack_sizes_VxNxC = np.stack(np.broadcast_arrays(*sizes), axis=-1)
             self._check_packs_fit()
             text_shapes = [(pack_tokens, pack_targets)]
+            readings = lambda i, j: (pack_tokens, int(transcript_N.max(initial=1)))
 
         self.shapes = tuple(
-            self._shape(n_samples, n_text, n_targets, n_prefix, pack_clips or 1, token_multiple)
-            for n_samples in self._sample_edges
-            for n_text, n_targets in text_shapes
+            self._shape(
+                n_samples,
+                n_text,
+                n_targets,
+                n_prefix,
+                pack_clips or 1,
+                token_multiple,
+                *(readings(i, j) if reads else (0, 0)),
+            )
+            for i, n_samples in enumerate(self._sample_edges)
+            for j, (n_text, n_targets) in enumerate(text_shapes)
         )
         self._n_text_buckets = len(text_shapes)
         self._cache: dict[int, _Epoch] = {}
@@ -317,12 +350,21 @@ class BatchPlan:
         return batches
 
     def _shape(
-        self, n_samples: int, n_text: int, n_targets: int, n_prefix: int, n_clips: int, token_multiple: int
+        self,
+        n_samples: int,
+        n_text: int,
+        n_targets: int,
+        n_prefix: int,
+        n_clips: int,
+        token_multiple: int,
+        n_reading: int,
+        n_transcript: int,
     ) -> Shape:
-        n_audio = n_audio_tokens(n_samples, self.token_rate)
+        n_audio = n_transcript if self.token_rate is None else n_audio_tokens(n_samples, self.token_rate)
         n_tokens = n_prefix + n_audio + n_text if self._pack_limits is None else n_text
         n_tokens = -(-n_tokens // token_multiple) * token_multiple
-        return Shape(self.batch_size, n_tokens, n_clips, n_audio, n_samples, n_targets, n_prefix)
+        sizes = (n_tokens, n_clips, n_audio, n_samples, n_targets, n_prefix, n_reading, n_transcript)
+        return Shape(self.batch_size, *sizes)
 
     # --- what is refused
 
@@ -367,10 +409,12 @@ class BatchPlan:
         assert self._pack_limits is not None
         sizes_NxC = self._pack_sizes_VxNxC.max(axis=0)
         # Targets always fit: their limit is at least the longest response.
-        for name, size_N, limit in zip(("tokens", "clips"), sizes_NxC.T, self._pack_limits, strict=False):
+        limited = (("tokens", "tokens"), ("clips", "clips"), None, ("tokens with its transcript", "tokens"))
+        for of, size_N, limit in zip(limited, sizes_NxC.T, self._pack_limits, strict=False):
             row = int(np.argmax(size_N))
-            if size_N[row] > limit:
+            if of is not None and size_N[row] > limit:
+                what, key = of
                 raise UserError(
-                    f"{self.row_name(row)} has {size_N[row]} {name}, and data.row_{name} is {limit}: "
-                    f"set data.row_{name} to {size_N[row]} or more, or take the row out of the manifest"
+                    f"{self.row_name(row)} has {size_N[row]} {what}, and data.row_{key} is {limit}: "
+                    f"set data.row_{key} to {size_N[row]} or more, or take the row out of the manifest"
                 )

@@ -20,6 +20,7 @@ class Source:
     suffix_ids: Sequence[tuple[int, ...]]
     response_ids: Sequence[tuple[int, ...]]
     lengths: Lengths
+    transcript_ids: Sequence[tuple[int, ...]] | None = None  # of speech rows; None: rows are not read as text
 
 
 def make_source(
@@ -28,6 +29,7 @@ def make_source(
     *,
     prompt: str = "",
     n_samples: Sequence[int] | None = None,
+    transcripts: bool = False,
 ) -> Source:
     """Tokenises rows and measures their clips.
 
@@ -36,9 +38,11 @@ def make_source(
         chat: the chat format.
         prompt: for speech rows without a prompt of their own.
         n_samples: of each clip. None: by `manifest.clip_samples`.
+        transcripts: tokenise those, too, for objectives that read them in place of the audio.
 
     Raises:
-        UserError: there are no rows; a plain text has fewer than two tokens; the chat template fails.
+        UserError: there are no rows; a plain text has fewer than two tokens; the chat template fails; a transcript is
+            wanted, and there is none.
     """
     if not rows:
         raise UserError("a source without rows: give a manifest, or a part of one, that has some")
@@ -56,8 +60,21 @@ def make_source(
         targets.append(target)
     n_prefix, n_suffix, n_response = (np.array([len(ids) for ids in part]) for part in (prefixes, suffixes, targets))
     samples = np.array(clip_samples(rows) if n_samples is None else n_samples)
-    names = [row.where for row in rows]
-    return Source(rows, prefixes, suffixes, targets, Lengths(names, samples, n_prefix, n_suffix, n_response))
+    lengths = Lengths([row.where for row in rows], samples, n_prefix, n_suffix, n_response)
+    if not transcripts:
+        return Source(rows, prefixes, suffixes, targets, lengths)
+    spoken = [_transcript(row, chat) for row in rows]
+    lengths = lengths._replace(n_transcript_N=np.array([len(ids) for ids in spoken]))
+    return Source(rows, prefixes, suffixes, targets, lengths, spoken)
+
+
+def _transcript(row: Row, chat: ChatFormat) -> tuple[int, ...]:
+    """The tokens that stand for the audio where a row is read as text."""
+    if row.audio is None:
+        return ()
+    if not row.text:
+        raise UserError(f"{row.where}: no 'text', which an objective of this run reads: add the transcript")
+    return chat.text(row.text)
 
 
 def _plain_text(row: Row, chat: ChatFormat) -> tuple[tuple[int, ...], tuple[int, ...]]:

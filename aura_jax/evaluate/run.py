@@ -27,7 +27,10 @@ _READERS = 4  # threads
 
 
 class Answers(Protocol):
-    """What is evaluated: `infer.generate.Generator`, `infer.cascade.Cascade`, or another with their `generate`."""
+    """What is evaluated: `infer.generate.Generator`, `infer.transcriber.Transcriber`, or another with their `generate`.
+
+    One with a true attribute `reads` is given the transcript of each row in the place of its clip.
+    """
 
     batch_size: int
 
@@ -112,6 +115,8 @@ def evaluate_set(
     Raises:
       UserError: for plain text among the rows, nothing left to score, a clip that cannot be read, or as `how_scored`.
     """
+    reads = getattr(answers, "reads", False)
+    request_of = written_request if reads else lambda row: read_request(row, change)
     ways = [how_scored(row) if by_row else "text" for row in rows]
     for row in rows:
         if row.is_plain_text:
@@ -129,7 +134,7 @@ def evaluate_set(
         for start in range(0, len(order), size):
             places, requests = [], []
             part = [int(i) for i in order[start : start + size]]
-            read = list(pool.map(lambda row: read_request(row, change), [rows[i] for i in part]))
+            read = list(pool.map(request_of, [rows[i] for i in part]))
             # What one host cannot read, none decodes: they do it together.
             lost = hosts.anywhere([isinstance(request, AudioError) for request in read])
             for place, request, is_lost in zip(part, read, lost, strict=True):
@@ -242,9 +247,23 @@ def read_request(row: Row, change: Callable[[Row, np.ndarray], np.ndarray] | Non
         return Request(prompt=row.prompt, history=row.history)
     try:
         waveform = load_audio(row.audio)
-        return Request(waveform if change is None else change(row, waveform), row.prompt, row.history)
+        waveform = waveform if change is None else change(row, waveform)
+        return Request(waveform, row.prompt, row.history, wants_transcript=row.response is None)
     except AudioError as error:
         return error
+
+
+def written_request(row: Row) -> Request:
+    """Returns the request that a row makes with its transcript in the place of its clip.
+
+    Raises:
+      UserError: there is no transcript.
+    """
+    if row.audio is None:
+        return Request(prompt=row.prompt, history=row.history)
+    if not row.text:
+        raise UserError(f"{row.where}: no 'text' for the oracle to read: add the transcript")
+    return Request(prompt=row.prompt, history=row.history, transcript=row.text)
 
 
 def training_classifier(sets: Mapping[str, Sequence[Row]], config: Config) -> IntentClassifier | None:

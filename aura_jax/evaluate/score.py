@@ -185,29 +185,30 @@ def score(
     return result
 
 
-_TITLES = {
-    "wer": "WER %",
-    "cer": "CER %",
-    "exact_match": "exact match %",
-    "intent_accuracy": "intent %",
-    "bleu": "BLEU",
-    "multiple_choice": "multiple choice %",
-    "unparsable": "unparsable %",
+# Every score that a set may have: its title, and what it is multiplied by to be shown.
+COLUMNS = {
+    "wer": ("WER %", 100),
+    "cer": ("CER %", 100),
+    "exact_match": ("exact match %", 100),
+    "intent_accuracy": ("intent %", 100),
+    "bleu": ("BLEU", 1),
+    "multiple_choice": ("multiple choice %", 100),
+    "unparsable": ("unparsable %", 100),
 }
 
 
 def table(sets: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns whatever scores the sets have as a plain-text table, rates in percent, with 95% intervals."""
-    columns = [key for key in _TITLES if any(key in scores for scores in sets.values())]
+    columns = [key for key in COLUMNS if any(key in scores for scores in sets.values())]
 
     def cell(scores: Mapping[str, Any], key: str) -> str:
         if key not in scores:
             return "-"
-        scale = 1 if key == "bleu" else 100
+        scale = COLUMNS[key][1]
         value, low, high = (scale * scores[key][name] for name in ("value", "low", "high"))
         return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
-    rows = [["set", "n", *(_TITLES[key] for key in columns)]]
+    rows = [["set", "n", *(COLUMNS[key][0] for key in columns)]]
     rows += [[name, str(scores["n"]), *(cell(scores, key) for key in columns)] for name, scores in sets.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     pad = lambda i, text: text.ljust(widths[i]) if i == 0 else text.rjust(widths[i])

@@ -99,7 +99,8 @@ def score_run(
     scores |= {"noise": in_noise} if in_noise else {}
     scores |= {"likelihood": likelihoods} if likelihoods else {}
     if of_text:
-        scores["text"] = {"adapters": c.lora.scope if "lora" in variables else "merged", **of_text}
+        adapters = c.lora.scope if "lora" in variables else "merged" if c.lora.n_blocks else "none"
+        scores["text"] = {"adapters": adapters, **of_text}
     scores["seconds"] = {"train": train_seconds, "evaluate": kept.seconds + time.perf_counter() - clock}
     scores |= {"cores": machine.n_cores(), "peak_memory_gib": machine.peak_memory_gib()}
     _write(workdir / "transcripts.json", transcripts)
@@ -146,7 +147,7 @@ def tables(scores: dict[str, Any]) -> str:
 def text_lines(scores: dict[str, Any]) -> str:
     """Returns what became of the LLM's text: a line on its loss, and one on its answers."""
     of_text, lines = scores["text"], []
-    adapters = "merged" if of_text["adapters"] == "merged" else "on"
+    adapters = of_text["adapters"] if of_text["adapters"] in ("merged", "none") else "on"
     if "loss" in of_text:
         loss = of_text["loss"]["all"]
         line = f"text, adapters {adapters}: {loss['adapted']:.2f} nats a token, the base LLM {loss['base']:.2f}"

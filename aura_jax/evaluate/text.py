@@ -154,7 +154,7 @@ def text_loss(
 
 def base_variables(system: System, variables: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns variables that are the base LLM's with the adapters off: after a merge its weights are read again."""
-    if "lora" in variables:
+    if "lora" in variables or system.model.config.lora is None:
         return variables
     llm = load_llm(system, checkpoint.system_mesh(system.config))
     return {"params": {**variables["params"], "llm": llm}}

@@ -96,6 +96,11 @@ def export_run(
 
 def _check(c: config.Config, meta: Mapping[str, Any], format: str, force: bool) -> None:
     """Raises UserError if the format cannot say what the run computes."""
+    if c.model.encoder:
+        raise UserError(
+            f"embedder.kind {c.embedder.kind!r} keeps the encoder in model.encoder, and exports are of models that "
+            "need none: answer with aura-jax generate --workdir"
+        )
     trained = set(meta["own"])
     has_lora = any(path.startswith("lora/") for path in trained)
     if format == "peft" and not has_lora:

@@ -61,8 +61,8 @@ def check(config: Config) -> None:
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:
-    """Returns a plain table of the test sets: WER with its interval, and exact match, of each named system."""
-    names = list(next(iter(columns.values()))["sets"])
+    """Returns a plain table of the sets of transcripts: WER with its interval, and exact match, of each system."""
+    names = [name for name, of_set in next(iter(columns.values()))["sets"].items() if "wer" in of_set]
     head = f"{'test set':26}{'n':>5}" + "".join(f"{name:>34}" for name in columns)
     lines = [head, f"{'':31}" + "".join(f"{'WER % (95% interval)   exact %':>34}" for _ in columns)]
     for name in names:

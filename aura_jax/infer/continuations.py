@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from aura_jax import checkpoint, system
+from aura_jax import checkpoint
 from aura_jax import config as config_lib
 from aura_jax.config import Config
 from aura_jax.data.manifest import Row, manifest_lines, parse_row
 from aura_jax.errors import UserError
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator, Request, plain_generator
 from aura_jax.infer.sampling import GREEDY, Sampling
 from aura_jax.storage import Folder, is_remote
 
@@ -322,10 +322,8 @@ def _request(place: int, row: Row, prompt: str) -> Request:
 
 def _load(config: Config, n_new: int) -> tuple[Generator, str]:
     """Returns what answers, the LLM alone, and the fingerprint of its weights."""
-    built = system.build_text(config)
-    llm = system.load_llm(built, checkpoint.system_mesh(config))
-    generator = Generator(built, {"params": {"llm": llm}}, max_new_tokens=n_new, adapters_on_text=False)
-    return generator, checkpoint.fingerprint(llm)
+    generator = plain_generator(config, n_new)
+    return generator, checkpoint.fingerprint(generator.variables["params"]["llm"])
 
 
 def _replies(output: Path, count: int, lines: Sequence[_Line], head: Mapping[str, Any]) -> dict[int, Reply]:

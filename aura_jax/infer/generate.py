@@ -20,7 +20,9 @@ import numpy as np
 from flax import struct
 
 from aura_jax import sharding
+from aura_jax import system as system_lib
 from aura_jax.audio import features
+from aura_jax.config import Config
 from aura_jax.data.assemble import Example, assemble
 from aura_jax.data.plan import BUCKETS, Shape
 from aura_jax.errors import UserError
@@ -46,6 +48,8 @@ class Request:
       history: earlier turns, {"role": ..., "content": text}, oldest first.
       transcript: text that stands in the place of the audio, for the text oracle; not together with `waveform`.
       number: what sampling draws by beside the seed; None: the request's place in its list.
+      wants_transcript: the words themselves are wanted. It is for a cascade, which writes them down anyway; a model
+        does what it was trained to do.
     """
 
     waveform: np.ndarray | None = None
@@ -53,6 +57,7 @@ class Request:
     history: Sequence[Mapping[str, str]] = ()
     transcript: str | None = None
     number: int | None = None
+    wants_transcript: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +82,10 @@ class _Inputs:
     """A batch for the prefill; `waveform_BxN` is None for text.
 
     Attributes:
-      last_B: the last column of a row: it predicts the token after it.
       target_position_BxR: the columns that predict the tokens of given answers; of generation there are none.
     """
 
     columns: Columns
-    last_B: jax.Array
     target_position_BxR: jax.Array
     waveform_BxN: jax.Array | None
     n_samples_B: jax.Array | None
@@ -219,8 +222,8 @@ class Generator:
         """
         prompt = self._prompt(0, request)
         inputs = self._inputs([prompt], self._row_multiple)
-        logits_BxTxV = _prompt_logits(self.variables, inputs, self._program(prompt.lora, n_new=0))
-        return np.asarray(logits_BxTxV)[0, inputs.columns.segment_BxT[0] != 0]
+        logits_BxTxV, segment_BxT = _prompt_logits(self.variables, inputs, self._program(prompt.lora, n_new=0))
+        return np.asarray(logits_BxTxV)[0, np.asarray(segment_BxT)[0] != 0]
 
     def answer_states(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> jax.Array:
         """Reads given answers after their requests; returns the normed hidden states that predict their tokens.
@@ -279,11 +282,9 @@ class Generator:
         is_text_BxT = np.asarray((columns.segment_BxT != 0) & (columns.audio_source_BxT < 0))
         tokens_BxT, vocab = np.asarray(columns.tokens_BxT), self._model.config.llm.vocab
         choice = Choice.of(sampling, number_B, tokens_BxT, is_text_BxT, vocab)
-        cache, token_B = _prefill(self.variables, inputs, program, choice)
-        n_real_B = (columns.segment_BxT != 0).sum(1).astype(np.int32)
-        segment_BxS = np.pad(columns.segment_BxT, ((0, 0), (0, n_new)), constant_values=1)
+        cache, token_B, segment_BxT = _prefill(self.variables, inputs, program, choice)
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
-        answer_BxG, _ = _decode(self.variables, cache, token_B, n_real_B, segment_BxS, stop_ids, program, choice)
+        answer_BxG, _ = _decode(self.variables, cache, token_B, segment_BxT, stop_ids, program, choice)
         answer_BxG = np.asarray(answer_BxG)
         seconds = time.perf_counter() - start
         return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
@@ -315,10 +316,8 @@ class Generator:
         )
         rows = [[Example(p.prefix, p.suffix, p.answer, waveform_S=p.waveform)] for p in batch]
         laid_out = assemble([*rows, *[[]] * (n_rows - len(batch))], shape, layout="slot", token_rate=rate)
-        last_B = shape.n_tokens - 1 - np.argmax(laid_out.segment_BxT[:, ::-1] != 0, axis=1)
         return _Inputs(
             columns=Columns.of(laid_out),
-            last_B=last_B.astype(np.int32),
             target_position_BxR=laid_out.target_position_BxR,
             waveform_BxN=laid_out.waveform_BxKxS[:, 0] if n_samples else None,
             n_samples_B=laid_out.n_samples_BxK[:, 0] if n_samples else None,
@@ -329,6 +328,18 @@ class Generator:
         tokens = answer_G[: stops[0]] if len(stops) else answer_G
         text = self.system.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
         return Reply(text, tuple(tokens.tolist()), bool(len(stops)), seconds)
+
+
+def plain_generator(config: Config, max_new_tokens: int | None = None) -> Generator:
+    """Returns a generator of a config's LLM alone, which answers text and transcripts.
+
+    Raises:
+      UserError: as `system.build`.
+    """
+    built = system_lib.build_text(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    variables = {"params": {"llm": system_lib.load_llm(built, mesh)}}
+    return Generator(built, variables, max_new_tokens=max_new_tokens, adapters_on_text=False)
 
 
 def _sample_bucket(n_samples: int, seconds: Sequence[float]) -> int:
@@ -368,28 +379,32 @@ def _rows_on_mesh(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
 @functools.partial(jax.jit, static_argnames="program")
 def _prefill(
     variables: Mapping[str, Any], inputs: _Inputs, program: _Program, choice: Choice
-) -> tuple[Cache, jax.Array]:
-    """Reads the prompts; returns the cache, T + n_new columns long, and the first token of each answer."""
-    h_BxTxD, cache = _read(variables, inputs, program)
-    h_BxD = jnp.take_along_axis(h_BxTxD, inputs.last_B[:, None, None], axis=1)[:, 0]
-    return cache, next_token(program.apply(variables, h_BxD, method="logits"), choice, 0)
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Reads the prompts; returns the cache, T + n_new columns long, the first token of each answer, and the segments
+    [B, T] of the columns that were read."""
+    h_BxTxD, cache, segment_BxT = _read(variables, inputs, program)
+    last_B = segment_BxT.shape[1] - 1 - jnp.argmax(segment_BxT[:, ::-1] != 0, axis=1)
+    h_BxD = jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+    return cache, next_token(program.apply(variables, h_BxD, method="logits"), choice, 0), segment_BxT
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _prompt_logits(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> jax.Array:
-    """Reads the prompts; returns the logits [B, T, V] at all their columns."""
-    return program.apply(variables, _read(variables, inputs, program)[0], method="logits")
+def _prompt_logits(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> tuple[jax.Array, jax.Array]:
+    """Reads the prompts; returns the logits [B, T, V] at all their columns, and the columns' segments [B, T]."""
+    h_BxTxD, _, segment_BxT = _read(variables, inputs, program)
+    return program.apply(variables, h_BxTxD, method="logits"), segment_BxT
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def _answer_states(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> jax.Array:
     """Reads prompts and answers; returns the hidden states [B, R, D] that predict the answers."""
-    h_BxTxD, _ = _read(variables, inputs, program)
+    h_BxTxD, *_ = _read(variables, inputs, program)
     return jnp.take_along_axis(h_BxTxD, inputs.target_position_BxR[..., None], axis=1)
 
 
-def _read(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> tuple[jax.Array, Cache]:
-    """Returns normed hidden states [B, T, D] of the prompts, and the cache, T + n_new columns long."""
+def _read(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> tuple[jax.Array, Cache, jax.Array]:
+    """Returns normed hidden states [B, T, D] of the prompts, the cache, T + n_new columns long, and the segments
+    [B, T]: 0 where there is no token, or an embedder that decides made none."""
     inputs = _rows_on_mesh(inputs, program.mesh)
     columns, c = inputs.columns, program.model.config
     if inputs.waveform_BxN is None:
@@ -403,7 +418,8 @@ def _read(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> t
             normalisation=program.normalisation,
         )
         n_frames_B = features.n_frames(inputs.n_samples_B)
-        x_BxTxD = program.apply(variables, columns, mel_BxFxM[:, None], n_frames_B[:, None], method="embed")
+        heard = program.apply(variables, columns, mel_BxFxM[:, None], n_frames_B[:, None], False, method="hear")
+        x_BxTxD, columns = heard.x_BxTxD, heard.columns
         ctx = program.apply(variables, columns, method="context").replace(tap_position_BxQ=None)
         if program.lora == _EVERYWHERE:
             ctx = ctx.replace(lora_mask_BxT=None)  # all tokens of a spoken request, so no select
@@ -412,7 +428,8 @@ def _read(variables: Mapping[str, Any], inputs: _Inputs, program: _Program) -> t
     ctx = dataclasses.replace(ctx, k_segment_BxS=k_segment_BxS, cache_start=jnp.int32(0))
     cache = Cache.zeros(c.llm, n_rows, n_columns + program.n_new, program.model.dtype)
     x_BxTxD, cache, _ = program.apply(variables, x_BxTxD, ctx, cache, method="adapted_blocks")
-    return program.apply(variables, x_BxTxD, ctx, cache, method="plain_blocks")
+    h_BxTxD, cache = program.apply(variables, x_BxTxD, ctx, cache, method="plain_blocks")
+    return h_BxTxD, cache, columns.segment_BxT
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
@@ -420,8 +437,7 @@ def _decode(
     variables: Mapping[str, Any],
     cache: Cache,
     token_B: jax.Array,
-    n_real_B: jax.Array,
-    segment_BxS: jax.Array,
+    segment_BxT: jax.Array,
     stop_ids: jax.Array,
     program: _Program,
     choice: Choice,
@@ -431,16 +447,16 @@ def _decode(
     Args:
       cache: of the prefill.
       token_B: first token of each answer.
-      n_real_B: tokens of each prompt, padding not counted: the position of the first answer token. 0: an empty row.
-      segment_BxS: of the prompt's columns, and 1 for those of the answer.
+      segment_BxT: of the prompt's columns; a row without any is empty.
       stop_ids: ids that end an answer.
       choice: as the prefill had it.
     """
     if program.lora == _AT_AUDIO:  # answer tokens are text, and see the base LLM's weights
         program = dataclasses.replace(program, lora=_OFF)
     n_new = program.n_new
-    n_rows, n_cached = segment_BxS.shape
-    first_column = n_cached - n_new
+    n_rows, first_column = segment_BxT.shape
+    n_real_B = (segment_BxT != 0).sum(1)  # the position of the first answer token
+    segment_BxS = jnp.pad(segment_BxT, ((0, 0), (0, n_new)), constant_values=1)
     ended = lambda token_B: jnp.isin(token_B, stop_ids)
 
     def unfinished(state: tuple) -> jax.Array:

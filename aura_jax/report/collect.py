@@ -23,6 +23,7 @@ _WARM_UP = 2  # logged steps of a stage that are left out of its rates: they com
 
 # Paths of parameters, the part they belong to, and whether an answer needs it.
 _PARTS = (
+    ("params/encoder/", "encoder", True),
     ("params/embedder/", "audio embedder", True),
     ("lora/", "LoRA", True),
     ("params/llm/adapted/", "LLM, adapted blocks", True),
@@ -51,7 +52,7 @@ def collect(workdir: Path, progress: bool = True) -> dict[str, Any]:
         "total_steps": config_lib.total_steps(config),
         "missing": missing,
         "config": json.loads(config_lib.to_json(config)),
-        "model": _model(built),
+        "model": model_of(built),
         "parameters": _parameters(built),
         "stages": stages,
     }
@@ -109,26 +110,30 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not JSON lines ({error}): delete the line") from error
 
 
-def _model(built: System) -> dict[str, Any]:
+def model_of(built: System) -> dict[str, Any]:
+    """Returns a system's parts and dimensions, as `diagram.method` draws them."""
     c, llm, lora, teacher = built.config, built.model.config.llm, built.model.config.lora, built.teacher_config
-    assert lora is not None
+    encoder = built.model.config.encoder
     return {
         "llm": Path(c.model.llm).name,
         "llm_blocks": llm.n_blocks,
         "llm_width": llm.width,
-        "n_adapted": lora.n_blocks,
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "targets": list(lora.targets),
-        "scope": lora.scope,
+        "n_adapted": lora.n_blocks if lora else 0,
+        "rank": lora.rank if lora else None,
+        "alpha": lora.alpha if lora else None,
+        "targets": list(lora.targets) if lora else None,
+        "scope": lora.scope if lora else None,
         "mask": c.model.mask,
         "teacher": Path(c.model.teacher).name if teacher else None,
         "teacher_blocks": teacher.encoder_blocks if teacher else None,
         "teacher_width": teacher.width if teacher else None,
+        "encoder": Path(c.model.encoder).name if encoder else None,
+        "encoder_blocks": encoder.encoder_blocks if encoder else None,
+        "encoder_width": encoder.width if encoder else None,
         "n_mels": built.n_mels,
         "embedder": c.embedder.kind,
         "frames_per_token": built.frames_per_token,
-        "token_rate": c.embedder.token_rate,
+        "token_rate": built.token_rate,
         "pairs": [list(pair) for pair in built.pairs],
     }
 
@@ -136,8 +141,8 @@ def _model(built: System) -> dict[str, Any]:
 def _parameters(built: System) -> list[dict[str, Any]]:
     """Returns [{"part", "trained", "frozen", "kept"}], numbers of parameters; kept: it is needed for an answer."""
     shapes: dict[str, Any] = system.abstract_variables(built)
-    if built.teacher is not None:
-        mel_1xFxM = jnp.zeros((1, 2, built.n_mels))
+    if built.teacher is not None and built.teacher_config is not None:
+        mel_1xFxM = jnp.zeros((1, 2, built.teacher_config.n_mels))
         shapes["teacher"] = jax.eval_shape(built.teacher.init, jax.random.key(0), mel_1xFxM)["params"]
     sizes = {path: leaf.size for path, leaf in sharding.flatten(shapes).items()}
     trained: set[str] = set()

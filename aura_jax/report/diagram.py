@@ -109,7 +109,47 @@ def _clamp(value: float, low: float, high: float) -> float:
 
 def method(model: Mapping[str, Any], width: float = WIDE) -> Figure:
     """The method with this run's dimensions. `model` is the report's dictionary of that name."""
+    if model.get("encoder"):
+        return _chain(model, width)
     return _across(model) if width >= WIDE else _down(model, width)
+
+
+def _chain(model: Mapping[str, Any], width: float) -> Figure:
+    """A system that keeps its encoder: one part after the other."""
+    n, rate = model["n_adapted"], model["token_rate"]
+    parts = [
+        ("frozen", theme.literal(model["encoder"], 24), f"encoder, {model['encoder_blocks']} blocks"),
+        ("trained", "audio embedder", f"{model['embedder']}, " + (f"{rate:g} tokens/s" if rate else "as many as text")),
+        (
+            "trained" if n else "frozen",
+            theme.literal(model["llm"], 24),
+            f"LoRA of rank {model['rank']} on {n} of {model['llm_blocks']}" if n else f"{model['llm_blocks']} blocks",
+        ),
+    ]
+    across = width >= WIDE
+    canvas = _Canvas(width, 148 if across else 392)
+    w, h, step = (200, 54, 226) if across else (220, 54, 82)
+    speech = Box(1, 24, 84, h) if across else Box(width / 2 - 56, 2, 112, 44)
+    canvas.box(speech, "frozen")
+    canvas.wave(speech)
+    at = (speech.x + speech.w, speech.centre[1]) if across else (width / 2, speech.y + speech.h)
+    for i, (kind, *lines) in enumerate(parts):
+        box = Box(111 + i * step, 24, w - 14, h) if across else Box((width - w) / 2, 74 + i * step, w, h)
+        end = (box.x - 2, box.centre[1]) if across else (width / 2, box.y - 2)
+        canvas.arrow((at[0] + 2, at[1]) if across else (at[0], at[1] + 2), end)
+        canvas.box(box, kind, *lines, size=SMALL - 1)
+        at = (box.x + box.w, box.centre[1]) if across else (width / 2, box.y + box.h)
+    end = (at[0] + 20, at[1]) if across else (at[0], at[1] + 22)
+    canvas.arrow((at[0] + 2, at[1]) if across else (at[0], at[1] + 2), end)
+    canvas.text(
+        end[0] + (5 if across else 0),
+        end[1] + (0 if across else 11),
+        "answer",
+        color=INK,
+        ha="left" if across else "center",
+    )
+    _legend(canvas, 1, 124 if across else 374, teacher=False)
+    return canvas.figure
 
 
 def _across(model: Mapping[str, Any]) -> Figure:

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
 
-from aura_jax.evaluate.score import normalise
+from aura_jax.evaluate.score import COLUMNS, normalise
 from aura_jax.report import diagram, figures, theme
 
 Key = Sequence[str | int]
@@ -153,7 +153,7 @@ def drawings(data: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[float], 
             lambda width: figures.cka_maps(similarity, pairs, n_adapted, width),
         )
     scores = data.get("scores") or {}
-    if sets := scores.get("sets"):
+    if sets := {name: of_set for name, of_set in (scores.get("sets") or {}).items() if "wer" in of_set}:
         out["word-errors"] = (
             "Word error rate of each test set with its interval",
             lambda width: figures.word_errors(sets, width),
@@ -215,6 +215,7 @@ def render(data: Mapping[str, Any]) -> str:
         absent=lambda section: missing.get(section) or ABSENT[section],
         examples=[_example(example) for example in data["examples"] or ()],
         recorded=_recorded,
+        columns=COLUMNS,
         shades=theme.shades,
         Markup=Markup,
         config=json.dumps(data["config"], indent=2, ensure_ascii=False),

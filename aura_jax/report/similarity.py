@@ -102,7 +102,8 @@ def student_states(built: System, student: Mapping[str, Any], batch: Batch) -> j
     model: Any = built.model
     student = {name: student[name] for name in ("params", "lora") if name in student}
     columns = Columns.of(batch)
-    x_BxTxD = model.apply(student, columns, *objectives.student_mel(built, batch, None), method="embed")
+    heard = model.apply(student, columns, *objectives.student_mel(built, batch, None), method="hear")
+    x_BxTxD = heard.x_BxTxD
     ctx = model.context(columns)
     capturing = model.clone(tap=lambda h_BxQxD, block, args: h_BxQxD)
     h_BxTxD, _, states = capturing.apply(student, x_BxTxD, ctx, None, None, method="adapted_blocks")

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aura_jax import checkpoint, hosts, sharding
+from aura_jax import config as config_lib
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.config import Config
 from aura_jax.data.batch import Batch
@@ -22,6 +23,7 @@ from aura_jax.data.text_pool import TextPool, load_documents
 from aura_jax.errors import UserError
 from aura_jax.system import System
 from aura_jax.train import objectives
+from aura_jax.train import step as step_lib
 from aura_jax.train.teacher import Clip, TeacherStore, precompute, teacher_states
 
 _TEXT_EDGES = (16, 32, 64, 128, 256)  # tokens of suffix and response
@@ -49,6 +51,10 @@ class Inputs:
         if not c.train:
             raise UserError("data.train is empty: give (manifest, passes per epoch) pairs")
         self._sources, self._weights = [], []
+        # One for all stages: those that read no transcript leave it alone.
+        self._reads = any(
+            self._reads_in(step_lib.active_objectives(stage)) for _, stage in config_lib.stages(built.config)
+        )
         for manifest, weight in c.train:
             self._sources.append(self._source(manifest))
             self._weights.append(weight)
@@ -68,7 +74,7 @@ class Inputs:
                 chat_share=c.text_chat if c.text_chat >= 0 else None,
             )
         self._store: TeacherStore | None = None
-        self._plans: dict[bool, tuple[list[Source], BatchPlan]] = {}
+        self._plans: dict[tuple[bool, bool], tuple[list[Source], BatchPlan]] = {}
 
     def _source(self, manifest: str) -> Source:
         """Reads a manifest and takes out the rows that are held out or of unwanted length."""
@@ -93,13 +99,21 @@ class Inputs:
                 f"{manifest}: no row is left after data.validation_values, data.min_seconds and data.max_seconds: "
                 "hold out fewer, or allow other lengths"
             )
-        return make_source(kept, self._built.chat, prompt=c.prompt, n_samples=samples)
+        return make_source(kept, self._built.chat, prompt=c.prompt, n_samples=samples, transcripts=self._reads)
 
-    def _planned(self, audio_only: bool) -> tuple[list[Source], BatchPlan]:
-        """The sources and the plan; `audio_only`: rows end with the audio span, for objectives that read no further."""
-        if audio_only not in self._plans:
+    def _reads_in(self, active: frozenset[str]) -> bool:
+        """Whether a stage needs transcripts: to read them, or to know how many audio tokens a clip has."""
+        return bool(active & objectives.READING) or self._built.token_rate is None
+
+    def _planned(self, active: frozenset[str]) -> tuple[list[Source], BatchPlan]:
+        """The sources and the plan of a stage: as much of every row, and as many readings, as its objectives need."""
+        # Rows end with the audio span where nothing reads further.
+        audio_only, reads = not active & objectives.ANSWERS, self._reads_in(active)
+        if (audio_only, reads) not in self._plans:
             c = self._built.config.data
             sources, passes = self._sources, self._weights
+            if not reads:
+                sources = [_unread(source) for source in sources]
             if audio_only:
                 heard = [i for i, s in enumerate(sources) if any(row.audio is not None for row in s.rows)]
                 if not heard:
@@ -111,7 +125,7 @@ class Inputs:
                 [s.lengths for s in sources],
                 batch_size=c.batch_size,
                 bucket_seconds=c.buckets or (*(b for b in BUCKETS if b < longest), longest),
-                token_rate=self._built.config.embedder.token_rate,
+                token_rate=self._built.token_rate,
                 seed=self._built.config.seed,
                 weights=passes,
                 speeds=tuple(c.speeds),
@@ -121,13 +135,13 @@ class Inputs:
                 pack_clips=c.row_clips if packed else None,
                 token_multiple=_CUDNN_TOKENS if self._built.config.model.attention == "cudnn" else 1,
             )
-            self._plans[audio_only] = (sources, plan)
-        return self._plans[audio_only]
+            self._plans[audio_only, reads] = (sources, plan)
+        return self._plans[audio_only, reads]
 
     def batches(self, active: frozenset[str], start: int, count: int | None = None) -> Generator[Batch, None, None]:
         """Yields this host's part of batches `start`, start + 1, ... of a stage with these objectives."""
         c = self._built.config.data
-        sources, plan = self._planned(audio_only="lm" not in active)
+        sources, plan = self._planned(active)
         store = self._store.view([row for s in sources for row in s.rows]) if self._store else None
         dataset = make_dataset(
             sources,
@@ -157,7 +171,7 @@ class Inputs:
 
     def row_names(self, active: frozenset[str], index: int) -> list[str]:
         """Returns where the rows of batch `index` stand in their manifests."""
-        _, plan = self._planned(audio_only="lm" not in active)
+        _, plan = self._planned(active)
         return [plan.row_name(pick.row) for picks in plan.batch(index).examples for pick in picks]
 
     def digest(self) -> str:
@@ -167,7 +181,7 @@ class Inputs:
         total = zlib.crc32("\n".join(names).encode())
         for lengths in parts:
             for values_N in lengths[1:]:
-                total = zlib.crc32(np.asarray(values_N, np.int64).tobytes(), total)
+                total = zlib.crc32(np.asarray(() if values_N is None else values_N, np.int64).tobytes(), total)
         return f"{len(names)} rows, {total:08x}"
 
     @property
@@ -188,7 +202,7 @@ class Inputs:
             for row, n in zip(source.rows, source.lengths.n_samples_N, strict=True)
             if row.audio is not None
         ]
-        _, plan = self._planned(audio_only=True)
+        _, plan = self._planned(frozenset({"distill"}))
         edges = sorted({shape.n_samples for shape in plan.shapes})
         speeds = tuple(self._built.config.data.speeds)
         self._store = precompute(self._built, weights, clips, speeds, edges, fingerprint, self._mesh)
@@ -233,16 +247,23 @@ def split_held_out(rows: Sequence[Row], data: Config) -> tuple[list[Row], list[R
     return kept, held_out
 
 
+def _unread(source: Source) -> Source:
+    """A source without its transcripts."""
+    return dataclasses.replace(source, lengths=source.lengths._replace(n_transcript_N=None), transcript_ids=None)
+
+
 def _audio_only(source: Source) -> Source:
     """The speech rows of a source, without what follows the audio."""
     speech = [i for i, row in enumerate(source.rows) if row.audio is not None]
     take = lambda items: [items[i] for i in speech]
+    spoken_N = source.lengths.n_transcript_N
     lengths = source.lengths._replace(
         names_N=take(source.lengths.names_N),
         n_samples_N=source.lengths.n_samples_N[speech],
         n_prefix_N=source.lengths.n_prefix_N[speech],
         n_suffix_N=np.zeros(len(speech), np.int64),
         n_response_N=np.zeros(len(speech), np.int64),
+        n_transcript_N=None if spoken_N is None else spoken_N[speech],
     )
     nothing = [()] * len(speech)
     return dataclasses.replace(
@@ -252,4 +273,5 @@ def _audio_only(source: Source) -> Source:
         suffix_ids=nothing,
         response_ids=nothing,
         lengths=lengths,
+        transcript_ids=None if source.transcript_ids is None else take(source.transcript_ids),
     )

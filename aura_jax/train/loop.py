@@ -123,13 +123,12 @@ class _Run:
         self.variables = system.initial_variables(self.built, mesh)
         paths = set(sharding.flatten(self.variables))
         self.rates = stages.rates_of_stages(config, self.stages, {p for p in paths if not p.startswith("teacher/")})
-        self.own = {p for p in paths if not p.startswith(("params/llm/", "teacher/"))}
+        self.own = {p for p in paths if not p.startswith(system.BASE)}
         lora = self.built.model.config.lora
-        assert lora is not None
         self.meta = {
             "llm": str(config.model.llm),
-            "llm_fingerprint": checkpoint.fingerprint(self.variables["params"]["llm"]),
-            "lora": dataclasses.asdict(lora),
+            "lora": dataclasses.asdict(lora) if lora is not None else None,
+            **checkpoint.fingerprints(self.variables["params"]),
         }
         if "teacher" in self.variables:
             self.meta["teacher_fingerprint"] = checkpoint.fingerprint(self.variables["teacher"])
@@ -183,7 +182,7 @@ class _Run:
             self.checkpoints.close()
 
     def _check_frozen(self, meta: dict) -> None:
-        for key in ("llm_fingerprint", "teacher_fingerprint"):
+        for key in ("llm_fingerprint", "encoder_fingerprint", "teacher_fingerprint"):
             if key in self.meta and meta.get(key) != self.meta[key]:
                 name = key.partition("_")[0]
                 raise UserError(

@@ -14,11 +14,14 @@ from aura_jax import losses, sharding
 from aura_jax.audio import augment, features
 from aura_jax.data.batch import Batch
 from aura_jax.models.llm import RMSNorm, Tap
-from aura_jax.models.speech_llm import Columns, text_context
+from aura_jax.models.speech_llm import Columns, audio_tokens, text_context
 from aura_jax.system import System
 from aura_jax.train.teacher import teacher_states
 
-SPEECH = frozenset({"lm", "distill"})
+READING = frozenset({"response_kd", "input_kd", "hidden_l2", "embedding_l2"})  # they compare speech with its transcript
+ANSWERS = frozenset({"lm", "response_kd", "hidden_l2"})  # they read what follows the audio
+_OUTPUTS = ANSWERS | {"input_kd"}  # they read the LLM's output
+SPEECH = READING | {"lm", "distill", "quantity"}
 TEXT = frozenset({"text_anchor", "text_kd"})
 
 
@@ -35,9 +38,39 @@ def counts(system: System, batch: Batch, active: frozenset[str]) -> dict[str, ja
         out["lm"] = batch.target_weight_BxR.sum()
     if "distill" in active:
         out["distill"] = audio_mask(system, batch).sum() * len(system.pairs)
+    if "response_kd" in active:
+        out["response_kd"] = batch.target_weight_BxR.sum()
+    if "hidden_l2" in active:
+        out["hidden_l2"] = first_targets(batch).sum()
+    for name in {"embedding_l2", "input_kd"} & active:
+        out[name] = aligned_tokens(batch)[1].sum()
+    if "quantity" in active:
+        out["quantity"] = (audio_tokens(Columns.of(batch)) > 0).sum()
     for name in TEXT & active:
         out[name] = (batch.text_segment_MxL != 0).sum()
     return {name: jnp.maximum(count.astype(jnp.float32), 1) for name, count in out.items()}
+
+
+def first_targets(batch: Batch) -> jax.Array:
+    """Returns float32 [B, R]: 1 at the first target of every example."""
+    segment_BxR = jnp.take_along_axis(batch.segment_BxT, batch.target_position_BxR, axis=1)
+    before_BxR = jnp.pad(segment_BxR[:, :-1], ((0, 0), (1, 0)))
+    return ((segment_BxR != before_BxR) & (batch.target_weight_BxR > 0)).astype(jnp.float32)
+
+
+def aligned_tokens(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the audio token that goes with each token of the transcript, int32 [B, K, I], and a mask of those.
+
+    They are the clip's last audio tokens, as in DiVA (arXiv 2410.02678): under a causal mask these have heard most.
+    Where there are as many as the transcript has, they go one to one.
+    """
+    assert batch.reading is not None
+    n_audio_BxK = audio_tokens(Columns.of(batch))
+    n_text_BxK = batch.reading.n_transcript_BxK
+    i_I = jnp.arange(batch.reading.transcript_position_BxKxI.shape[2])
+    token_BxKxI = (n_audio_BxK - n_text_BxK)[..., None] + i_I
+    mask_BxKxI = (i_I < n_text_BxK[..., None]) & (token_BxKxI >= 0)
+    return jnp.where(mask_BxKxI, token_BxKxI, 0), mask_BxKxI.astype(jnp.float32)
 
 
 def clip_keys(key: jax.Array, batch: Batch) -> jax.Array:
@@ -165,7 +198,8 @@ def _speech_sums(system, variables, student, batch, active, keys_BxK, statistics
     with jax.named_scope("features"):
         mel_BxKxFxM, n_frames_BxK = student_mel(system, batch, keys_BxK)
     cols = Columns.of(batch)
-    x_BxTxD = model.apply(student, cols, mel_BxKxFxM, n_frames_BxK, method="embed")
+    heard = model.apply(student, cols, mel_BxKxFxM, n_frames_BxK, method="hear")
+    x_BxTxD = heard.x_BxTxD
     ctx = model.context(cols)
     h_BxTxD, _, taps = model.apply(student, x_BxTxD, ctx, None, tap_args, method="adapted_blocks")
 
@@ -174,15 +208,65 @@ def _speech_sums(system, variables, student, batch, active, keys_BxK, statistics
         sum_N, count_N = taps
         out["distill"] = sum_N.sum()
         blocks = {"sum": sum_N, "count": count_N}
-    if "lm" in active:
+    if "quantity" in active:
+        out["quantity"] = losses.quantity(heard.n_tokens_BxK, audio_tokens(cols))[0]
+    if active & _OUTPUTS:
         h_BxTxD, _ = model.apply(student, h_BxTxD, ctx, method="plain_blocks")
-        h_BxRxD = sharding.keep_rows(jnp.take_along_axis(h_BxTxD, batch.target_position_BxR[..., None], axis=1))
+        h_BxRxD = _at(h_BxTxD, batch.target_position_BxR)
         whole = _with_whole_head(system, student)
         logits = lambda h: model.apply(whole, h, method="logits")
-        chunk = system.config.train.loss_chunk
+        chunk, weight_BxR = system.config.train.loss_chunk, batch.target_weight_BxR
+    if "lm" in active:
         with jax.named_scope("lm_head"):
-            out["lm"], _ = losses.cross_entropy(logits, h_BxRxD, batch.target_id_BxR, batch.target_weight_BxR, chunk)
+            out["lm"], _ = losses.cross_entropy(logits, h_BxRxD, batch.target_id_BxR, weight_BxR, chunk)
+    if active & READING & _OUTPUTS:
+        temperature = system.config.kd.temperature
+        with jax.named_scope("reading"):
+            read_BxUxD = _read(system, student, batch)
+            read_BxRxD = _at(read_BxUxD, batch.reading.target_position_BxR)
+    if "response_kd" in active:
+        with jax.named_scope("lm_head"):
+            out["response_kd"], _ = losses.kl_divergence(logits, read_BxRxD, h_BxRxD, weight_BxR, chunk, temperature)
+    if "input_kd" in active:
+        spoken_BxJ, heard_BxJ, mask_BxJ = _aligned_columns(batch)
+        spoken_BxJxD, heard_BxJxD = _at(read_BxUxD, spoken_BxJ), _at(h_BxTxD, heard_BxJ)
+        with jax.named_scope("lm_head"):
+            out["input_kd"], _ = losses.kl_divergence(logits, spoken_BxJxD, heard_BxJxD, mask_BxJ, chunk, temperature)
+    if "hidden_l2" in active:
+        out["hidden_l2"], _ = losses.relative_l2(h_BxRxD, read_BxRxD, first_targets(batch))
+    if "embedding_l2" in active:
+        spoken_BxJ, heard_BxJ, mask_BxJ = _aligned_columns(batch)
+        tokens_BxJ = jnp.take_along_axis(batch.reading.tokens_BxU, spoken_BxJ, axis=1)
+        text_BxJxD = jax.lax.stop_gradient(model.apply(student, tokens_BxJ, method="embed_text"))
+        out["embedding_l2"], _ = losses.relative_l2(_at(x_BxTxD, heard_BxJ), text_BxJxD, mask_BxJ)
     return out, blocks
+
+
+def _at(x_BxTxD: jax.Array, position_BxR: jax.Array) -> jax.Array:
+    return sharding.keep_rows(jnp.take_along_axis(x_BxTxD, position_BxR[..., None], axis=1))
+
+
+def _aligned_columns(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns for each token of a row's transcripts (J = K I) its column in the reading, the column of the audio token
+    that goes with it in the batch, and a mask, all [B, J]."""
+    assert batch.reading is not None
+    token_BxKxI, mask_BxKxI = aligned_tokens(batch)
+    heard_BxKxI = jnp.take_along_axis(batch.audio_position_BxKxA, token_BxKxI, axis=2)
+    flat = lambda x: x.reshape(len(x), -1)
+    return flat(batch.reading.transcript_position_BxKxI), flat(heard_BxKxI), flat(mask_BxKxI)
+
+
+def _read(system: System, student: Mapping[str, Any], batch: Batch) -> jax.Array:
+    """Returns the normed states [B, U, D] of the base LLM where it reads the transcripts."""
+    model: Any = system.model
+    reading = batch.reading
+    assert reading is not None
+    base = {"params": jax.lax.stop_gradient(student["params"])}
+    ctx = text_context(reading.position_BxU, reading.segment_BxU)
+    x_BxUxD = model.apply(base, reading.tokens_BxU, method="embed_text")
+    h_BxUxD, _, _ = model.apply(base, x_BxUxD, ctx, method="adapted_blocks")
+    h_BxUxD, _ = model.apply(base, h_BxUxD, ctx, method="plain_blocks")
+    return jax.lax.stop_gradient(h_BxUxD)
 
 
 def _with_whole_head(system: System, student: Mapping[str, Any]) -> dict[str, Any]:

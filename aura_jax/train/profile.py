@@ -14,10 +14,11 @@ _PARTS = (
     ("optimizer", "optimizer"),
     ("teacher", "teacher"),
     ("plain_text", "text objectives"),
+    ("reading", "reading of transcripts"),
     ("features", "log-mel"),
     ("heads", "distillation heads"),
     ("lm_head", "LM head"),
-    (r"(?:SpeechLLM\.)?embed", "audio embedder"),
+    (r"SpeechLLM\.hear|(?:SpeechLLM\.)?embed", "audio embedder"),
     (r"(?:llm|SpeechLLM)\.adapted_blocks", "adapted blocks"),
     (r"(?:llm|SpeechLLM)\.plain_blocks", "upper blocks"),
 )

@@ -60,12 +60,13 @@ def teacher_states(system: System, teacher: dict, waveform_NxS: jax.Array, n_sam
         tap=lambda h_NxFxE: pool_frames(h_NxFxE[:, :n_frames], n_frames_N, system.frames_per_token),
     )
     teacher = {**teacher, "blocks": jax.tree.map(lambda leaf: leaf[:n_blocks], teacher["blocks"])}
+    n_mels = system.teacher_config.n_mels
     if system.config.teacher.window == "30s":
         waveform_NxS = jnp.pad(waveform_NxS, ((0, 0), (0, window - n_samples)))
-        mel_NxFxM = features.log_mel(waveform_NxS, system.n_mels, reflect_end=True)
+        mel_NxFxM = features.log_mel(waveform_NxS, n_mels, reflect_end=True)
         _, taps_LxNxAxE = encoder.apply({"params": teacher}, mel_NxFxM)
     else:
-        mel_NxFxM = features.log_mel(waveform_NxS, system.n_mels, n_samples_B=n_samples_N)
+        mel_NxFxM = features.log_mel(waveform_NxS, n_mels, n_samples_B=n_samples_N)
         _, taps_LxNxAxE = encoder.apply({"params": teacher}, mel_NxFxM, features.n_frames(n_samples_N))
     blocks = [block for _, block in system.pairs]
     return jnp.moveaxis(taps_LxNxAxE[jnp.asarray(blocks)], 0, 1)

@@ -76,9 +76,9 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=MANIFEST", help="a named set; repeatable")
     parser.add_argument(
         "--system",
-        choices=("student", "cascade"),
+        choices=("student", "whisper", "cascade", "oracle"),
         default="student",
-        help="the run's model, or its teacher's own decoder",
+        help="the run's model; its Whisper's own transcripts; these answered by the plain LLM; or the true ones",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
     parser.add_argument(
@@ -110,8 +110,8 @@ def _eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         scores = of_run["sets"]
         print(suite.tables(of_run))
     else:
-        if args.system == "cascade":
-            answers, weights = _cascade(config_of_run)
+        if args.system != "student":
+            answers, weights = _untrained(args.system, config_of_run)
         else:
             from aura_jax.infer.generate import Generator
 
@@ -144,17 +144,29 @@ def _sets(args: argparse.Namespace) -> dict[str, str]:
     return sets
 
 
-def _cascade(config: Any) -> tuple[Any, Any]:
-    """Returns the teacher's own decoder, and what differs if its files do."""
+def _untrained(name: str, config: Any) -> tuple[Any, Any]:
+    """Returns a system of the run's base models, and what differs if their files do."""
     from aura_jax import assets
     from aura_jax.audio.io import stamp
-    from aura_jax.infer.cascade import Cascade
+    from aura_jax.infer import cascade
+    from aura_jax.infer.generate import plain_generator
+    from aura_jax.infer.transcriber import Transcriber
 
-    if not config.model.teacher:
-        raise UserError("--system cascade needs model.teacher in the run's config: it names no Whisper")
-    directory = assets.resolve(config.model.teacher)
-    files = sorted((path.name, *stamp(str(path))) for path in directory.iterdir() if path.is_file())
-    return Cascade(directory, batch_size=config.eval.batch_size), [str(directory), files]
+    needed = {"whisper": ("whisper",), "cascade": ("whisper", "llm"), "oracle": ("llm",)}[name]
+    of = {"whisper": config.model.teacher or config.model.encoder, "llm": config.model.llm}
+    if "whisper" in needed and not of["whisper"]:
+        raise UserError(
+            f"--system {name} needs model.teacher or model.encoder in the run's config: it names no Whisper"
+        )
+    folders = [assets.resolve(of[part]) for part in needed]
+    files = [
+        [str(folder), *sorted((path.name, *stamp(str(path))) for path in folder.iterdir() if path.is_file())]
+        for folder in folders
+    ]
+    if name == "oracle":
+        return cascade.Oracle(plain_generator(config)), files
+    transcriber = Transcriber(folders[0], batch_size=config.eval.batch_size)
+    return (transcriber if name == "whisper" else cascade.Cascade(transcriber, plain_generator(config))), files
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,10 +205,13 @@ VERBS = {
         takes_config=True,
     ),
     "eval": Verb(
-        "word error rate, exact match and intent accuracy on manifests",
+        "WER, CER, exact match, intents, BLEU and multiple choice on manifests",
         "Decodes whole sets and prints a table with 95% intervals. Without --data and --set: the run's own\n"
         "evaluation, which is eval.sets of its config and its texts, kept in the workdir as scores.json and\n"
-        "transcripts.json. Intent accuracy appears where rows have an 'intent'.\n\n" + OVERRIDE_HELP,
+        "transcripts.json. It can also hear its sets in noise (eval.noise.kinds, snr_db, sets), and measure the\n"
+        "perplexity of the answers and how far hearing is from reading (eval.likelihood). An evaluation that was\n"
+        "interrupted goes on when the same command is given again. Rows say by their keys how they are scored:\n"
+        "'intent', 'choices' with 'answer', or 'metric': \"bleu\".\n\n" + OVERRIDE_HELP,
         _eval_arguments,
         _eval,
         takes_config=True,

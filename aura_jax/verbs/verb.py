@@ -11,7 +11,9 @@ from aura_jax.errors import UserError
 
 CONFIG_HELP = """\
 config:
-  --config=FILE           a Python file with get_config(), such as configs/quickstart.py
+  --config=FILE           a Python file with get_config(), such as configs/quickstart.py; FILE:BASE of one of
+                          configs/systems takes over the models and data of another, e.g.
+                          --config=configs/systems/bridge.py:configs/own_speech.py
   --config.KEY=VALUE      overrides one key, e.g. --config.lora.rank=32 --config.train.steps=200;
                           aura_jax/config/keys.py lists all keys with their defaults"""
 OVERRIDE_HELP = """\

@@ -140,3 +140,36 @@ def test_teacher_states_must_cover_the_clip():
     row = [Example((1,), (), (2,), clip(2560), np.zeros((1, 3, 4)))]
     with pytest.raises(ValueError, match="the 2 audio tokens"):
         assemble([row], shape(), layout="slot", token_rate=12.5, teacher_shape=(1, 4))
+
+
+@pytest.mark.parametrize("layout", ["slot", "packed"])
+def test_a_text_reading_has_the_transcript_in_place_of_the_audio(layout):
+    spoken = Example((1,), (2,), (3, 4), clip(1280), transcript_ids=(8, 9))
+    written = Example((5,), (), (6, 7))
+    rows = [[spoken, written]] if layout == "packed" else [[spoken], [written]]
+    shapes = shape(12, n_clips=2 if layout == "packed" else 1)._replace(n_reading=10, n_transcript=3)
+    batch = assemble(rows, shapes, layout=layout, token_rate=12.5)
+    r = batch.reading
+    assert r is not None
+    join = lambda x: [value for row in x.tolist() for value in row if value]
+    assert join(r.tokens_BxU) == [1, 8, 9, 2, 3, 5, 6]
+    assert join(r.position_BxU) == [1, 2, 3, 4, 1]
+    at = 5 if layout == "packed" else 0
+    assert join(r.target_position_BxR) == ([3, 4, 5, 6] if layout == "packed" else [3, 4, 1])
+    assert r.target_position_BxR[-1].max() == at + 1
+    assert r.transcript_position_BxKxI[0, 0].tolist() == [1, 2, 0] and r.n_transcript_BxK.sum() == 2
+    # The same targets in both, each predicted by the token before it, the first by the last of the prompt.
+    for b in range(len(rows)):
+        n = int(batch.target_weight_BxR[b].sum())
+        for position_BxT, tokens_BxT in (
+            (batch.target_position_BxR, batch.tokens_BxT),
+            (r.target_position_BxR, r.tokens_BxU),
+        ):
+            before = tokens_BxT[b, position_BxT[b, :n]].tolist()
+            assert before in ([2, 3, 5, 6], [2, 3], [5, 6])
+    with pytest.raises(ValueError, match="5 tokens with its transcript does not fit"):
+        assemble([[spoken]], shapes._replace(n_reading=4), layout="packed", token_rate=12.5)
+
+
+def test_without_a_reading_there_is_none():
+    assert assemble([[]], shape(12), layout="slot", token_rate=12.5).reading is None

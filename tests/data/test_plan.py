@@ -181,7 +181,7 @@ def test_text_alone():
     lengths = Lengths(["a", "b"], np.zeros(2, int), np.array([3, 5]), np.zeros(2, int), np.array([2, 7]))
     plan = BatchPlan([lengths], batch_size=2, bucket_seconds=(), token_rate=12.5)
     assert plan.shapes == (plan.batch(7).shape,)
-    assert plan.shapes[0][1:] == (11, 1, 0, 0, 7, 0)
+    assert plan.shapes[0][1:7] == (11, 1, 0, 0, 7, 0)
 
 
 @pytest.mark.parametrize(
@@ -230,3 +230,19 @@ def test_a_bucket_may_end_within_a_token():
     lengths = Lengths(["a"], np.array([480_000]), *np.ones((3, 1), int))
     plan = BatchPlan([lengths], batch_size=1, bucket_seconds=(30.0,), token_rate=6.25)
     assert plan.shapes[0].n_samples == 188 * 2560 and plan.shapes[0].n_audio == 188
+
+
+@pytest.mark.parametrize("layout", ["slot", "packed"])
+def test_every_text_reading_fits(layout):
+    rng = np.random.default_rng(3)
+    lengths = [make_lengths(3, 60)._replace(n_transcript_N=rng.integers(0, 70, 60))]
+    plan = make_plan(lengths, layout, text_edges=(6, 12) if layout == "slot" else None)
+    for batch in one_epoch(plan):
+        assert batch.shape.n_reading % 8 == 0 or layout == "packed"
+        for row in batch.examples:
+            of = [lengths[0][field][[pick.row for pick in row]] for field in range(2, 6)]
+            prefix, suffix, response, transcript = of
+            assert (prefix + suffix + response - 1 + transcript).sum() <= batch.shape.n_reading
+            assert transcript.max(initial=0) <= batch.shape.n_transcript
+    with pytest.raises(UserError, match=r"tokens with its transcript, and data\.row_tokens is 150"):
+        make_plan([lengths[0]._replace(n_transcript_N=np.full(60, 200))], "packed")

@@ -9,7 +9,7 @@ from aura_jax import checkpoint, cli, config
 from aura_jax.errors import UserError
 from aura_jax.evaluate import suite
 from aura_jax.infer.generate import Generator, Reply
-from tests.evaluate.test_noise import write_set
+from tests.evaluate.test_noise_sweep import write_set
 
 VOICES = ["ann", "ben", "cy"]
 

@@ -178,11 +178,9 @@ def test_the_cache_is_donated(tiny_loaded, generator):
     system, variables = tiny_loaded
     inputs = generator._inputs([generator._prompt(i, request) for i, request in enumerate(SPEECH)], 4)
     program = generator._program("everywhere", n_new=8)
-    cache, token = generate._prefill(variables, inputs, program, Choice())
-    n_rows, n_columns = inputs.columns.tokens_BxT.shape
-    segment, n_real = np.ones((n_rows, n_columns + 8), np.int32), np.ones(n_rows, np.int32)
+    cache, token, segment = generate._prefill(variables, inputs, program, Choice())
     stop_ids = np.array(system.chat.stop_ids, np.int32)
-    generate._decode(variables, cache, token, n_real, segment, stop_ids, program, Choice())
+    generate._decode(variables, cache, token, segment, stop_ids, program, Choice())
     assert cache.k_LxBxSxGxK.is_deleted()
 
 

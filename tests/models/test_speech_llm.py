@@ -119,8 +119,11 @@ def test_what_a_neighbour_says_changes_no_bit():
 
 def test_audio_tokens_land_in_their_columns_and_text_is_untouched():
     model, variables = SpeechLLM(CONFIG), draw(CONFIG)
-    x_BxTxD = np.asarray(jax.jit(lambda: model.apply(variables, *PACKED, method="embed"))())
-    audio_BxKxAxD = np.asarray(jax.jit(lambda: model.apply(variables, *PACKED[1:], method="embed_audio"))())
+    heard = jax.jit(lambda: model.apply(variables, *PACKED, method="hear"))()
+    x_BxTxD = np.asarray(heard.x_BxTxD)
+    n_slots = PACKED[0].audio_position_BxKxA.shape[2]
+    embedded = jax.jit(lambda: model.apply(variables, *PACKED[1:], n_slots, method="embed_audio"))()
+    audio_BxKxAxD = np.asarray(embedded[0])
     table = variables["params"]["llm"]["embed"]["embedding"]
     # prefix, span, suffix and all but the last of the response, one example after the other
     expected = [

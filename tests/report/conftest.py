@@ -49,6 +49,7 @@ def report_data() -> dict[str, Any]:
             "teacher": "tiny-encoder",
             "teacher_blocks": 4,
             "teacher_width": 48,
+            "encoder": None,
             "n_mels": 80,
             "embedder": "stem",
             "frames_per_token": 4,

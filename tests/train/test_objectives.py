@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from aura_jax import checkpoint, config, sharding, system
-from aura_jax.models.speech_llm import Columns
+from aura_jax.data.manifest import load_manifest
+from aura_jax.models.speech_llm import Columns, text_context
 from aura_jax.train import objectives
 from aura_jax.train import step as step_lib
 from aura_jax.train.inputs import Inputs
@@ -60,7 +61,7 @@ def reference(tiny_config, sample_data, tmp_path_factory):
     def states(student, teacher, batch):
         mel, n_frames = objectives.student_mel(built, batch, None)
         columns = Columns.of(batch)
-        x = model.apply(student, columns, mel, n_frames, method="embed")
+        x = model.apply(student, columns, mel, n_frames, method="hear").x_BxTxD
         ctx = model.context(columns).replace(tap_position_BxQ=None)  # every column
         _, _, h_NxBxTxD = model.apply(student, x, ctx, method="adapted_blocks")
         B, K, S = batch.waveform_BxKxS.shape
@@ -154,3 +155,64 @@ def test_distillation_is_what_numpy_says(reference, head, loss, target_norm, lay
         if head == "own":
             others.append(expected(student, teacher, 1 - pair))
         assert min(abs(other - value) for other in others) > 5 * rtol * value, (value, others)
+
+
+@pytest.fixture
+def kd_run(make_config, make_run):
+    """A run whose objectives read transcripts, with adapters that do something."""
+    c = make_config(lm=1.0, response_kd=1.0, hidden_l2=1.0, embedding_l2=1.0)
+    c.kd.temperature = 2.0
+    built, variables, batch, _ = make_run(c)
+    keys = iter(jax.random.split(jax.random.key(5), 100))
+    noisy = lambda x: 0.2 * jax.random.normal(next(keys), x.shape)
+    return built, {**variables, "lora": jax.tree.map(noisy, variables["lora"])}, batch
+
+
+def test_reading_objectives_are_what_a_loop_over_examples_says(kd_run):
+    """Against each example read alone and unpadded, by a tokenizer whose tokens differ at the seams."""
+    built, variables, batch = kd_run
+    model = built.model
+    active = frozenset({"response_kd", "hidden_l2", "embedding_l2"})
+    found, _ = jax.jit(lambda v, b: objectives.sums(built, v, b, active, None, None))(variables, batch)
+    counts = objectives.counts(built, batch, active)
+    student = {name: variables[name] for name in ("params", "lora")}
+    base = {"params": variables["params"]}
+
+    mel, n_frames = objectives.student_mel(built, batch, None)
+    columns = Columns.of(batch)
+    x_BxTxD = model.apply(student, columns, mel, n_frames, method="hear").x_BxTxD
+    h_BxTxD, _, _ = model.apply(student, x_BxTxD, model.context(columns), method="adapted_blocks")
+    h_BxTxD, _ = model.apply(student, h_BxTxD, model.context(columns), method="plain_blocks")
+    texts = {row.text for row in load_manifest(built.config.data.train[0][0])}
+    kl = hidden = embedding = n_targets = n_examples = n_aligned = 0.0
+    for b in range(len(batch.tokens_BxT)):
+        r = type(batch.reading)(*(np.asarray(x)[b] for x in batch.reading))
+        n = int((r.segment_BxU != 0).sum())
+        tokens = jnp.asarray(r.tokens_BxU[None, :n])
+        ctx = text_context(jnp.arange(n)[None], jnp.ones((1, n), jnp.int32))
+        t_1xnxD, _, _ = model.apply(base, model.apply(base, tokens, method="embed_text"), ctx, method="adapted_blocks")
+        t_1xnxD, _ = model.apply(base, t_1xnxD, ctx, method="plain_blocks")
+        m = int(batch.target_weight_BxR[b].sum())
+        # The last m columns but none: the response's last token is predicted, never read.
+        teacher = t_1xnxD[0, n - m :]
+        speech = h_BxTxD[b, batch.target_position_BxR[b, :m]]
+        log = lambda h: jax.nn.log_softmax(model.apply(student, h, method="logits") / 2.0)
+        kl += float((jnp.exp(log(teacher)) * (log(teacher) - log(speech))).sum() * 4.0)
+        hidden += float(((speech[0] - teacher[0]) ** 2).sum() / (teacher[0] ** 2).sum())
+        audio = x_BxTxD[b, np.asarray(batch.audio_source_BxT[b]) >= 0]
+        spoken = r.tokens_BxU[r.transcript_position_BxKxI[0, : r.n_transcript_BxK[0]]].tolist()
+        assert built.tokenizer.decode(spoken) in texts and built.chat.text(built.tokenizer.decode(spoken)) == tuple(
+            spoken
+        )
+        k = min(len(spoken), len(audio))
+        text = model.apply(base, jnp.asarray(spoken[len(spoken) - k :]), method="embed_text")
+        embedding += float((((audio[len(audio) - k :] - text) ** 2).sum(-1) / ((text**2).sum(-1) + 1e-6)).sum())
+        n_targets, n_examples, n_aligned = n_targets + m, n_examples + 1, n_aligned + k
+    np.testing.assert_allclose(found["response_kd"], kl, rtol=1e-4)
+    np.testing.assert_allclose(found["hidden_l2"], hidden, rtol=1e-4)
+    np.testing.assert_allclose(found["embedding_l2"], embedding, rtol=1e-4)
+    assert {name: int(x) for name, x in counts.items()} == {
+        "response_kd": n_targets,
+        "hidden_l2": n_examples,
+        "embedding_l2": n_aligned,
+    }

@@ -130,7 +130,7 @@ def _assembly(
         sequential=True,
     )
     planned = [plan.batch(i) for i in range(plan.batches_per_epoch())]
-    starts = np.cumsum([0, *(int(n_audio_tokens(len(x), plan.token_rate)) for x in waveforms)])
+    starts = np.cumsum([0, *(int(n_audio_tokens(len(x), built.config.embedder.token_rate)) for x in waveforms)])
     teacher_shape = states_NxPxE = None
     if states:
         assert built.teacher_config is not None

@@ -12,6 +12,7 @@ from aura_jax.audio.features import n_encoder_frames, n_frames
 from aura_jax.data.batch import Batch
 from aura_jax.models.speech_llm import SpeechLLMConfig
 from aura_jax.models.whisper import WhisperConfig
+from aura_jax.train import objectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Sizes:
     precomputed: bool = True  # the batch holds the teacher's states
     text_rows: int = 0  # M
     text_tokens: int = 0  # L
+    n_reading: int = 0  # U
 
     @classmethod
     def of(cls, batch: Batch) -> "Sizes":
@@ -61,7 +63,8 @@ class Sizes:
         _, K, A = batch.audio_position_BxKxA.shape
         M, L = (0, 0) if batch.text_tokens_MxL is None else batch.text_tokens_MxL.shape
         S, R = batch.waveform_BxKxS.shape[2], batch.target_id_BxR.shape[1]
-        return cls(B, T, K, A, S, R, batch.teacher_BxKxPxAxE is not None, M, L)
+        U = 0 if batch.reading is None else batch.reading.tokens_BxU.shape[1]
+        return cls(B, T, K, A, S, R, batch.teacher_BxKxPxAxE is not None, M, L, U)
 
 
 def step(
@@ -77,13 +80,19 @@ def step(
     blocks is 0, as with `model.remat` "none".
     """
     out: dict[str, Cost] = {}
-    if {"lm", "distill"} & set(active):
+    if objectives.SPEECH & set(active):
         tokens, clips = sizes.n_rows * sizes.n_tokens, sizes.n_rows * sizes.n_clips
         out["embedder"] = _embedder(model, clips, sizes.n_samples)
         out |= _adapted(model, tokens, sizes.n_tokens)
-        if "lm" in active:
+        head = frozen(model.llm.width * model.llm.vocab, sizes.n_rows * sizes.n_targets, recompute=True)
+        if objectives.ANSWERS & set(active):
             out |= _plain(model, tokens, sizes.n_tokens)
-            out["LM head"] = frozen(model.llm.width * model.llm.vocab, sizes.n_rows * sizes.n_targets, recompute=True)
+        if {"lm", "response_kd"} & set(active):
+            # Of divergence: also of the reading, forward only.
+            read = Cost(head.forward, 0.0, head.recompute) if "response_kd" in active else Cost()
+            out["LM head"] = _times(head, len({"lm", "response_kd"} & set(active))) + read
+        if objectives.ANSWERS & objectives.READING & set(active):
+            out["text reading"] = _base(model, sizes.n_rows * sizes.n_reading, sizes.n_reading)
         if "distill" in active and teacher is not None:
             audio = clips * sizes.n_audio
             out["distillation heads"] = trained(model.llm.width * teacher.width * len(pairs), audio)
@@ -162,6 +171,12 @@ def _teacher(teacher: WhisperConfig, n_blocks: int, clips: int, n_samples: int) 
     stem = 3 * teacher.n_mels * width * frames + 3 * width**2 * positions
     block = (4 * width**2 + 2 * width * teacher.encoder_mlp_width + 2 * positions * width) * positions
     return Cost(2.0 * clips * (stem + n_blocks * block))
+
+
+def _base(model: SpeechLLMConfig, tokens: float, length: int) -> Cost:
+    """All blocks of the LLM without adapters, forward only."""
+    blocks = total(_adapted(model, tokens, length)) + total(_plain(model, tokens, length))
+    return Cost(blocks.forward - 2.0 * tokens * (model.lora.n_blocks if model.lora else 0) * _lora_weights(model))
 
 
 def _text(model: SpeechLLMConfig, tokens: float, length: int, active: Collection[str]) -> Cost:

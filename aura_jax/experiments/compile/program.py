@@ -112,16 +112,22 @@ def _batch(built: system.System, active: frozenset[str], mesh: Mesh) -> Batch:
     """Returns the largest batch that a stage with these objectives meets, of clips of `data.max_seconds`."""
     c = built.config.data
     longest = c.max_seconds / min(c.speeds)
-    hears_only = "lm" not in active
+    hears_only = not active & objectives.ANSWERS
     n_response = math.ceil(c.max_seconds * TOKENS_PER_SECOND)
     text = [PREFIX_TOKENS, *((0, 0) if hears_only else (SUFFIX_TOKENS, n_response))]
     one = lambda n: np.array([n], np.int64)
+    reads = active & objectives.READING or built.token_rate is None
+    spoken = one(math.ceil(c.max_seconds * TOKENS_PER_SECOND)) if reads else None
     packed = c.layout == "packed"
+    prefix, suffix, response = map(one, text)
+    lengths = Lengths(
+        ("a clip of data.max_seconds",), one(round(c.max_seconds * SAMPLE_RATE)), prefix, suffix, response, spoken
+    )
     plan = BatchPlan(
-        [Lengths(("a clip of data.max_seconds",), one(round(c.max_seconds * SAMPLE_RATE)), *map(one, text))],
+        [lengths],
         batch_size=1,
         bucket_seconds=c.buckets or (*(b for b in BUCKETS if b < longest), longest),
-        token_rate=built.config.embedder.token_rate,
+        token_rate=built.token_rate,
         layout=c.layout,
         pack_tokens=c.row_tokens if packed else None,
         pack_clips=c.row_clips if packed else None,
@@ -134,20 +140,19 @@ def _batch(built: system.System, active: frozenset[str], mesh: Mesh) -> Batch:
         [[]],
         plan.shapes[-1],
         layout=c.layout,
-        token_rate=built.config.embedder.token_rate,
+        token_rate=built.token_rate,
         teacher_shape=teacher_shape,
     )
     if c.text_pool and active & objectives.TEXT:
         tokens = np.zeros((1, c.text_length), np.int32)
         row = row._replace(text_tokens_MxL=tokens, text_segment_MxL=tokens)
     rows = sharding.batch_sharding(mesh)
-    n_rows = lambda field: c.text_rows if field.startswith("text_") else c.batch_size
-    fields = {
-        field: jax.ShapeDtypeStruct((n_rows(field), *x.shape[1:]), x.dtype, sharding=rows)
-        for field, x in row._asdict().items()
-        if x is not None
-    }
-    return Batch(**fields)
+
+    def of(path: Any, x: np.ndarray) -> jax.ShapeDtypeStruct:
+        n_rows = c.text_rows if path[0].name.startswith("text_") else c.batch_size
+        return jax.ShapeDtypeStruct((n_rows, *x.shape[1:]), x.dtype, sharding=rows)
+
+    return jax.tree_util.tree_map_with_path(of, row)
 
 
 def _parts(built: system.System, stage: Config, batch: Batch) -> dict[str, flops.Cost]:

@@ -1,0 +1,86 @@
+"""Every system of configs/systems on random tiny models: it trains, resumes, answers and is scored, and learns."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from aura_jax import checkpoint, cli, config, sharding
+from aura_jax.audio.io import load_audio
+from aura_jax.data.manifest import load_manifest
+from aura_jax.infer.generate import Generator, Request
+from aura_jax.train import loop
+
+ROOT = Path(__file__).parents[2]
+SYSTEMS = sorted(path.stem for path in (ROOT / "configs" / "systems").glob("[!_]*.py"))
+KEEP_AN_ENCODER = {"bridge", "blsp", "blsp_kd", "diva"}
+
+
+@pytest.fixture
+def tiny(tiny_llm_dir, tiny_whisper_dir, sample_data, tmp_path):
+    """Makes the config of a system smaller: models, data and steps; all else as it is."""
+    source = sample_data / "commands" / "train.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()[:12]]
+    rows = [row | {"audio": str(source.parent / row["audio"])} for row in rows]
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(name: str) -> config.Config:
+        c = importlib.import_module(f"configs.systems.{name}").get_config()
+        c.model.llm = str(tiny_llm_dir)
+        for key in ("teacher", "encoder"):
+            if c.model[key]:
+                c.model[key] = str(tiny_whisper_dir)
+        if c.lora.n_blocks:
+            c.lora.update(n_blocks=2, rank=8, alpha=8.0)
+        c.embedder.hidden = 16 if c.embedder.hidden else 0
+        c.data.update(train=((str(manifest), 1.0),), validation_values=(), batch_size=4, buckets=(3.84,), speeds=(1.0,))
+        if c.data.text_pool:
+            c.data.update(text_pool=str(sample_data / "text" / "train.jsonl"), text_rows=2, text_length=32)
+        c.train.schedule = c.train.schedule[-1:]
+        c.train.stages[c.train.schedule[0]].update(steps=12, learning_rate=1e-2, warmup_steps=2)
+        c.train.update(log_every=1, checkpoint_every=5, profile_steps=0)
+        c.eval.update(sets={"rows": str(manifest)}, max_new_tokens=6, text_heldout="", text_questions="", batch_size=4)
+        return c
+
+    return make
+
+
+def logged(workdir: Path) -> dict[int, dict[str, float]]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {x["step"]: {k: v for k, v in x.items() if k.startswith("loss")} for x in lines if "loss" in x}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_trains_resumes_answers_and_is_scored(tiny, name, tmp_path, capsys):
+    c = tiny(name)
+    loop.train(c, tmp_path / "whole")
+    c.train.steps = 5
+    loop.train(c, tmp_path / "parts")
+    c.train.steps = 0
+    loop.train(c, tmp_path / "parts")
+    whole = logged(tmp_path / "whole")
+    assert logged(tmp_path / "parts") == whole and len(whole) == 12
+    assert whole[12]["loss"] < whole[1]["loss"]
+    active = {k.removeprefix("loss/") for k in whole[1] if k.startswith("loss/") and "block" not in k}
+    stage = c.train.stages[c.train.schedule[0]]
+    assert active == {objective for objective, weight in stage.objectives.items() if weight}
+
+    held = json.loads((tmp_path / "whole" / "checkpoints" / "12" / "meta" / "metadata").read_text())
+    assert not [path for path in held["own"] if "encoder" in path or "/llm/embed" in path]
+    assert ("encoder_fingerprint" in held) == (name in KEEP_AN_ENCODER)
+    built, variables = checkpoint.load_for_inference(tmp_path / "whole")
+    paths = sharding.flatten(variables)
+    assert any(path.startswith("params/encoder/") for path in paths) == (name in KEEP_AN_ENCODER)
+
+    row = load_manifest(c.data.train[0][0])[0]
+    alone = Generator(built, variables).generate([Request(load_audio(row.audio))])[0]
+    together = Generator(built, variables).generate(
+        [Request(load_audio(r.audio)) for r in load_manifest(c.data.train[0][0])]
+    )
+    assert together[0].tokens == alone.tokens
+
+    assert cli.main(["eval", "--workdir", str(tmp_path / "whole"), "--json", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["rows"]["n"] == 12
