@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from aura_jax import __version__, cache, libtpu
 from aura_jax.errors import INTERRUPTED, USER_MISTAKE, UserError, nearest
-from aura_jax.verbs import answers, bench, compile, exchange, materials, runs
+from aura_jax.verbs import answers, bench, compare, compile, exchange, materials, runs
 from aura_jax.verbs.verb import Verb
 
 _BROKEN_PIPE = 141
@@ -38,6 +38,7 @@ _VERBS: dict[str, Verb] = {
     **exchange.VERBS,
     **materials.VERBS,
     **bench.VERBS,
+    **compare.VERBS,
     **compile.VERBS,
     "version": Verb("show versions", "Shows the versions of aura-jax and what it runs on.", lambda _: None, _version),
 }

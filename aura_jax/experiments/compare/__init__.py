@@ -1,0 +1,1 @@
+"""Systems side by side: each (system, seed) trained, scored and timed once, on the same data."""
