@@ -14,6 +14,7 @@ from aura_jax.train import loop
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = sorted(path.stem for path in (ROOT / "configs" / "systems").glob("[!_]*.py"))
+RESUMED = {"bridge", "blsp_kd"}  # the others are parts of these, and of what test_loop.py resumes
 KEEP_AN_ENCODER = {"bridge", "blsp", "blsp_kd", "diva"}
 
 
@@ -57,12 +58,14 @@ def logged(workdir: Path) -> dict[int, dict[str, float]]:
 def test_a_system_trains_resumes_answers_and_is_scored(tiny, name, tmp_path, capsys):
     c = tiny(name)
     loop.train(c, tmp_path / "whole")
-    c.train.steps = 5
-    loop.train(c, tmp_path / "parts")
-    c.train.steps = 0
-    loop.train(c, tmp_path / "parts")
     whole = logged(tmp_path / "whole")
-    assert logged(tmp_path / "parts") == whole and len(whole) == 12
+    assert len(whole) == 12
+    if name in RESUMED:
+        c.train.steps = 5
+        loop.train(c, tmp_path / "parts")
+        c.train.steps = 0
+        loop.train(c, tmp_path / "parts")
+        assert logged(tmp_path / "parts") == whole
     assert whole[12]["loss"] < whole[1]["loss"]
     active = {k.removeprefix("loss/") for k in whole[1] if k.startswith("loss/") and "block" not in k}
     stage = c.train.stages[c.train.schedule[0]]
