@@ -14,7 +14,6 @@ def get_config(base: str = quickstart.__file__):
     c.model.mask = "causal"
     c.embedder.kind = "cformer"
     c.lora.update(n_blocks=-1, rank=16, alpha=16.0, scope="audio")
-    c.kd.temperature = 2.0
     c.trainable = (("params/embedder/(?!text_rms)", 1.0), ("lora/", 1.0))
     c.train.stages.adapter.objectives.update(lm=1.0, input_kd=1.0, quantity=1.0)
     return c

@@ -15,6 +15,7 @@ def get_config(base: str = quickstart.__file__):
     c.lora.update(n_blocks=0, text_energy=1.0)
     c.embedder.kind = "stack"
     c.data.text_pool = ""  # nothing changes the LLM's text
+    c.kd.temperature = 2.0  # as Ultravox, where a stage turns KD on
     c.trainable = (("params/embedder/(?!text_rms)", 1.0),)
     steps = total_steps(c)
     c.train.schedule = ("adapter",)
