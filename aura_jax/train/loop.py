@@ -24,11 +24,12 @@ from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.errors import UserError
 from aura_jax.models.lora import merge
-from aura_jax.train import null_space, stages, teacher
+from aura_jax.train import stages
 from aura_jax.train import step as step_lib
 from aura_jax.train.evaluator import Evaluator
 from aura_jax.train.inputs import Inputs
 from aura_jax.train.log import Log
+from aura_jax.train.prepare import prepare
 from aura_jax.train.profile import Profile
 from aura_jax.train.signals import Signals
 from aura_jax.train.workdir import agree, claim
@@ -36,8 +37,6 @@ from aura_jax.train.workdir import agree, claim
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
 _A_WAIT = 0.01  # of a step's time: below it, the batch was ready
-
-_TOKENS_PER_DIRECTION = 8  # of text, for a fair estimate of how much it uses each direction of a linear's input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ class _Run:
         self.config, self.workdir, self.mesh, self.signals = config, workdir, mesh, signals
         stages.check_rows(config, mesh)
         self.built = hosts.together(lambda: system.build(config))
-        self.stages = config_lib.stages(config)
+        self.stages: list[tuple[str, Any]] = config_lib.stages(config)
         self.last_step = config_lib.total_steps(config)
         self.inputs = hosts.together(lambda: Inputs(self.built, workdir))
         hosts.check_same(
@@ -154,8 +153,15 @@ class _Run:
                 log.say(f"resuming {self.workdir} at step {start}")
             for line in self.inputs.remarks:
                 log.say(line)
-            self._prepare_teacher(log)
-            self._find_null_space(log)
+            self.constants, self.variables = prepare(
+                self.built,
+                self.inputs,
+                self.variables,
+                self.meta.get("teacher_fingerprint"),
+                self.workdir,
+                self.mesh,
+                log.say,
+            )
             log.command(start)
             self._spent["preparing"] = time.perf_counter() - self._started
             result = self._run_stages(start, newest, log)
@@ -189,40 +195,6 @@ class _Run:
                     f"{self.workdir} was trained with another {name}: model.{name} {self.config.model[name]} has "
                     f"fingerprint {self.meta[key]}, the checkpoint wants {meta.get(key)}"
                 )
-
-    def _prepare_teacher(self, log: Log) -> None:
-        """Precomputes the teacher's states if so configured, and takes the statistics that standardise them.
-
-        A teacher that no step will hear leaves the device.
-        """
-        distils = any(stage.objectives.distill for _, stage in self.stages)
-        if distils and self.config.teacher.precompute:
-            self.inputs.precompute_teacher(self.variables["teacher"], self.meta["teacher_fingerprint"])
-        if distils and self.config.distill.target_norm == "standardise":
-            path = self.workdir / "target_statistics.npz"
-            known = hosts.on_first(path.is_file)
-            samples = None if known else self.inputs.teacher_samples(self.variables["teacher"])
-            statistics, baseline = teacher.statistics(samples, path)
-            statistics = jax.device_put(statistics, sharding.replicated(self.mesh))
-            self.constants = dataclasses.replace(self.constants, statistics=statistics)
-            scores = ", ".join(f"{x:.2f}" for x in baseline)
-            log.say(f"predicting the mean of the raw teacher blocks would score a cosine of {scores}")
-        if not distils or self.config.teacher.precompute:
-            self.variables.pop("teacher", None)
-
-    def _find_null_space(self, log: Log) -> None:
-        """Confines LoRA to directions that text hardly uses, if so configured."""
-        energy = self.config.lora.text_energy
-        if energy < 1:
-            log.say("looking for the directions that text hardly uses")
-            widest = max(self.built.model.config.llm.width, self.built.model.config.llm.mlp_width)
-            text = self.inputs.plain_text(max(16384, _TOKENS_PER_DIRECTION * widest))
-            bases = null_space.bases(self.built, self.variables["params"], text, energy, self.mesh)
-            widths = ", ".join(f"{basis.shape[2]} of {basis.shape[1]} ({name})" for name, basis in bases.items())
-            log.say(f"directions of its inputs that LoRA reads, at most: {widths}")
-            bases = jax.device_put(bases, sharding.replicated(self.mesh))
-            self.constants = dataclasses.replace(self.constants, null_space=bases)
-            self.variables = sharding.join(null_space.confine(sharding.flatten(self.variables), bases), {})
 
     def _run_stages(self, start: int, newest: Any, log: Log) -> Result:
         first, state, metrics, trained = 0, None, {}, set()
