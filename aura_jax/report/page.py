@@ -20,6 +20,7 @@ from aura_jax.evaluate.score import COLUMNS, normalise
 from aura_jax.report import diagram, figures, theme
 
 Key = Sequence[str | int]
+Drawing = tuple[str, Callable[[float], Figure]]  # what a figure shows, and the figure at a width
 
 # What a section says when its part is missing and `missing` has no line of its own for it.
 ABSENT = {
@@ -126,10 +127,10 @@ def _recorded(values: Sequence[float | None]) -> list[int]:
     return [i for i, value in enumerate(values) if value is not None and math.isfinite(value)] or [0]
 
 
-def drawings(data: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[float], Figure]]]:
+def drawings(data: Mapping[str, Any]) -> dict[str, Drawing]:
     """Returns of each figure that the dictionary has data for what it shows, and its drawing at a width."""
     model, stages, pairs = data["model"], data["stages"], data["model"]["pairs"]
-    out: dict[str, tuple[str, Callable[[float], Figure]]] = {
+    out: dict[str, Drawing] = {
         "method": ("The method with the dimensions of this run", lambda width: diagram.method(model, width))
     }
     if metrics := data.get("metrics"):
@@ -168,6 +169,29 @@ def drawings(data: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[float], 
     return out
 
 
+def environment(folder: Path = Path(__file__).parent) -> jinja2.Environment:
+    """Returns an environment for the templates of a folder, beside the parts that all pages share."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def inline(drawings: Mapping[str, Drawing]) -> dict[str, Markup]:
+    """Returns every figure as SVG for the page."""
+    return {name: _inline(name, *drawing) for name, drawing in drawings.items()}
+
+
+def write_figures(drawings: Mapping[str, Drawing], folder: Path) -> None:
+    """Writes every figure as a PNG into a folder, which need not be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (_, draw) in drawings.items():
+        theme.png(draw(theme.WIDE), folder / f"{name}.png")
+
+
 def _inline(name: str, label: str, draw: Callable[[float], Figure]) -> Markup:
     """Returns a figure for a screen and for a phone; the style sheet shows one of them."""
     wide = theme.inline_svg(draw(theme.WIDE), f"{name}-w", label)
@@ -200,34 +224,28 @@ def render(data: Mapping[str, Any]) -> str:
     data = {**dict.fromkeys(_OPTIONAL), **data}
     missing = data.get("missing") or {}
     numbers = Numbers(data)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        data=data,
-        num=numbers.show,
-        combine=numbers.combine,
-        svg={name: _inline(name, *drawing) for name, drawing in drawings(data).items()},
-        absent=lambda section: missing.get(section) or ABSENT[section],
-        examples=[_example(example) for example in data["examples"] or ()],
-        recorded=_recorded,
-        columns=COLUMNS,
-        shades=theme.shades,
-        Markup=Markup,
-        config=json.dumps(data["config"], indent=2, ensure_ascii=False),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            num=numbers.show,
+            combine=numbers.combine,
+            svg=inline(drawings(data)),
+            absent=lambda section: missing.get(section) or ABSENT[section],
+            examples=[_example(example) for example in data["examples"] or ()],
+            recorded=_recorded,
+            columns=COLUMNS,
+            shades=theme.shades,
+            Markup=Markup,
+            config=json.dumps(data["config"], indent=2, ensure_ascii=False),
+        )
     )
 
 
 def write(data: Mapping[str, Any], directory: Path) -> Path:
     """Writes `report.html` and `figures/*.png` into `directory`, each whole or not at all; returns the page's path."""
-    pictures = directory / "figures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    for name, (_, draw) in drawings(data).items():
-        theme.png(draw(theme.WIDE), pictures / f"{name}.png")
+    write_figures(drawings(data), directory / "figures")
     path = directory / "report.html"
     partial = path.with_name(path.name + ".partial")
     partial.write_text(render(data), encoding="utf-8")

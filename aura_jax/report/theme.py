@@ -70,6 +70,12 @@ def shades(n: int) -> list[str]:
     return [to_hex(HEAT(t)) for t in np.linspace(0.3, 0.9, max(n, 1))][:n]
 
 
+def series(n: int) -> list[str]:
+    """Returns n colours for things that stand beside each other, the first the accent; the same in both themes."""
+    hues = (55, 285, 135, 355, 250, 90, 320)
+    return [ACCENT, *(to_hex(_from_oklch(0.64, 0.13, hues[i % len(hues)])) for i in range(n - 1))][:n]
+
+
 def literal(name: str, longest: int = 34) -> str:
     """Returns a name for a figure: cut if it is long, and with no dollar read as mathematics."""
     return (name if len(name) <= longest else name[: longest - 1] + "…").replace("$", r"\$")

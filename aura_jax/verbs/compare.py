@@ -7,7 +7,7 @@ from pathlib import Path
 from aura_jax.errors import UserError
 from aura_jax.verbs.verb import CONFIG_HELP, Verb, add_workdir, make_folder
 
-_CONFIG = "configs/quickstart.py"
+_CONFIG = "configs/compare.py"
 _SYSTEMS = "aura,mel_llm,bridge,blsp,blsp_kd,diva,cascade,oracle"
 
 
@@ -22,6 +22,11 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0", metavar="I,J", help="of training and data (default %(default)s)")
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="a JSON a system and seed (default WORKDIR/results)"
+    )
+    parser.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="train each system a second time, for as long as the first one's schedule takes",
     )
 
 
@@ -40,17 +45,17 @@ def _compare(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     from aura_jax.experiments.compare import run
 
     base = bases[-1].partition("=")[2] if bases else _CONFIG
-    return run.main(args.systems.split(","), seeds, args.workdir, results, base, overrides)
+    return run.main(args.systems.split(","), seeds, args.workdir, results, base, overrides, args.equal_time)
 
 
 VERBS = {
     "compare": Verb(
         "systems side by side: trained, scored and timed on the same data",
-        "Trains every system with every seed, evaluates it and times its first token, each in a process of its\n"
-        "own, and prints one table. What has a result is not done again, and what was stopped goes on: the same\n"
-        "command finishes. --config is the base whose models, data and number of steps the systems take over\n"
-        f"(default {_CONFIG}); run it from the root of the repository. docs/systems.md describes the systems.\n\n"
-        + CONFIG_HELP,
+        "Trains every system with every seed and scores it, each in a process of its own; then all of them are timed\n"
+        "side by side. Writes a JSON for each, one page (compare.html) with its figures, and prints one table. What\n"
+        "has a result is not done again, and what was stopped goes on: the same command finishes. --config is the\n"
+        f"base whose models, data and number of steps the systems take over (default {_CONFIG}); run it from\n"
+        "the root of the repository. docs/systems.md describes the systems.\n\n" + CONFIG_HELP,
         _compare_arguments,
         _compare,
         takes_config=True,

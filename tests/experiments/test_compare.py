@@ -1,6 +1,7 @@
 """`compare`: which jobs there are, what is not done again, the table, and all of it on random tiny models."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,7 @@ import pytest
 
 from aura_jax import cli, config
 from aura_jax.errors import UserError
-from aura_jax.experiments.compare import job, run, table
-from aura_jax.infer.generate import Reply
+from aura_jax.experiments.compare import arm, page, plan, run, summary, table, timing
 
 SMALL = ("--config.train.steps=2", "--config.train.eval_every=0", "--config.data.validation_values=()")
 
@@ -18,10 +18,10 @@ SMALL = ("--config.train.steps=2", "--config.train.eval_every=0", "--config.data
 def planned(tmp_path):
     """Plans a comparison of systems with the smoke config as their base."""
 
-    def plan(*systems: str, seeds=(0,), overrides=()) -> list[run.Job]:
-        return run.plan(systems, seeds, tmp_path, tmp_path / "results", "configs/smoke.py", overrides)
+    def jobs(*systems: str, seeds=(0,), overrides=()) -> list[plan.Job]:
+        return plan.equal_steps(systems, seeds, tmp_path, tmp_path / "results", "configs/smoke.py", overrides)
 
-    return plan
+    return jobs
 
 
 def result(system: str, seed: int, wer: float, **more) -> dict:
@@ -29,10 +29,33 @@ def result(system: str, seed: int, wer: float, **more) -> dict:
     return {
         "system": system,
         "seed": seed,
-        "scores": {"sets": {"new": {"n": 9, "wer": rate}}, "seconds": {"train": 120.0 + 60 * seed}},
-        "peak_memory_gib": 2.0,
+        "budget": "steps",
+        "command": f"a command of seed {seed}",
+        "scores": {"sets": {"new": {"n": 9, "wer": rate}}, "step": 40},
         **more,
     }
+
+
+def times(seconds: float, schedule: float, *ways: str) -> dict:
+    """Times of a system whose first token takes `seconds`, and its schedule `schedule`."""
+    spread = {"median": seconds, "low": seconds / 2, "high": 2 * seconds}
+    first = {way: {length: spread | {"times": spread} for length in ("2", "10")} for way in ways}
+    steps = {"only": {"seconds": schedule / 40, "n": 40}}
+    memory = {"answers": 1.0, "steps": 2.0}
+    return {
+        "config": {},
+        "first_token": first,
+        "steps": steps,
+        "schedule_seconds": schedule,
+        "peak_memory_gib": memory,
+    }
+
+
+TIMING = {
+    "command": "a command that times",
+    "machine": "a machine",
+    "systems": {"aura": times(0.03, 600, "separate", "merged")},
+}
 
 
 def test_jobs_are_of_every_system_and_seed_and_what_learns_nothing_has_one(planned):
@@ -79,6 +102,7 @@ def test_a_result_is_not_made_again_and_one_of_another_config_is_refused(planned
     values = one.values("a command") | result("aura", 0, 0.5)
     one.output.write_text(json.dumps(values))
     monkeypatch.setattr(run, "_run", lambda command: pytest.fail("it is done"))
+    monkeypatch.setattr(timing, "measure", lambda systems, command: TIMING)
     again = lambda *overrides: run.main(["aura"], [0], tmp_path, tmp_path / "results", "configs/smoke.py", overrides)
     assert again() == 0
     assert "50.0" in capsys.readouterr().out
@@ -95,40 +119,103 @@ def test_the_exit_code_of_a_job_ends_it(planned, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "aura-seed-0.json").read_text())["config"]["seed"] == 0
 
 
-def test_the_table_has_means_over_seeds_with_their_range():
-    times = {"2": {"median": 0.0312}, "10": {"median": 0.1}}
+def test_times_are_taken_anew_where_the_systems_are_others(planned, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(timing, "measure", lambda systems, command: taken.append(list(systems)) or measured(systems))
+    measured = lambda systems: {"systems": {n: {"config": json.loads(config.to_json(c))} for n, c in systems.items()}}
+    file = tmp_path / "timing.json"
+    for names in (["aura", "bridge"], ["aura", "bridge"], ["bridge", "aura"], ["bridge", "aura", "oracle"]):
+        run._timed(planned(*names), file, "a command")
+    assert taken == [["aura", "bridge"], ["bridge", "aura"]]  # the first is what the others are compared with
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"timing.json: no times of a comparison: delete it"):
+        run._timed(planned("aura"), file, "a command")
+
+
+def test_equal_time_gives_each_the_steps_that_the_first_has_time_for(planned):
+    systems = {"aura": times(1, 600, "none"), "bridge": times(1, 800, "none"), "blsp": times(1, 620, "none")}
+    jobs = planned("aura", "bridge", "blsp", "cascade", seeds=(0, 1))
+    more = plan.equal_time(jobs, {"systems": systems})
+    # The others take as long as the first, or learn nothing.
+    assert [(job.system, job.seed, job.budget) for job in more] == [("bridge", 0, "time"), ("bridge", 1, "time")]
+    assert more[0].workdir.name == "bridge-time-seed-0" and more[0].output.name == "bridge-time-seed-0.json"
+    assert config.total_steps(more[0].config) == 9 and config.total_steps(jobs[1].config) == 12
+    stopped = planned("aura", "bridge", overrides=["--config.train.steps=8"])
+    (shorter,) = plan.equal_time(stopped, {"systems": systems})
+    assert config.total_steps(shorter.config) == 6
+
+
+def test_a_summary_has_means_over_seeds_with_their_range():
     parts = [{"part": "LoRA", "trained": 2_500_000, "frozen": 0, "kept": True}]
+    curve = {"metrics": None, "validation": {"step": [20, 40], "wer": [1.0, 0.5]}}
     results = [
-        result("aura", 0, 0.010, first_token=times, parameters=parts),
+        result("aura", 0, 0.010, parameters=parts, curves=curve),
         result("oracle", 0, 0.5),
-        result("aura", 1, 0.030, first_token=times, parameters=parts),
+        result("aura", 1, 0.030, parameters=parts, curves=curve),
     ]
-    head, aura, oracle = table.rows(results)
-    assert head[:3] == ["system", "seeds", "WER %, new"]
-    assert aura[:5] == ["aura", "2", "2.0 (1.0 to 3.0)", "31 (31 to 31)", "100 (100 to 100)"]
-    assert aura[5:] == ["2.5", "2.5 (2.0 to 3.0)", "2.0 (2.0 to 2.0)"]
-    assert oracle == ["oracle", "1", "50.0", "-", "-", "-", "2.0", "2.0"]
-    assert table.text(results).splitlines()[1].startswith("aura  ")
-    assert table.markdown(results).splitlines()[1] == "|---" + "|---:" * 7 + "|"
+    found = summary.summarise(results, TIMING)
+    aura, oracle = found["systems"]["aura"], found["systems"]["oracle"]
+    assert aura["seeds"] == [0, 1] and aura["sets"]["new"]["wer"] == {
+        "mean": 0.02,
+        "low": 0.01,
+        "high": 0.03,
+        "runs": 2,
+    }
+    assert oracle["sets"]["new"]["wer"] == {"mean": 0.5, "low": 0.0, "high": 1.0, "runs": 1}  # of one: the bootstrap's
+    assert [curve["seed"] for curve in aura["curves"]] == [0, 1] and "equal_time" not in aura
+    head, *rows = table.rows(found)
+    assert head[:4] == ["system", "seeds", "steps", "WER %, new"]
+    assert rows[0] == ["aura", "2", "40", "2.0 (1.0 to 3.0)", "30", "30", "2.5", "10.0", "2.0", "1.0"]
+    assert rows[1] == ["oracle", "1", "40", "50.0", *["-"] * 6]
+    assert table.text(found).splitlines()[1].startswith("aura  ")
+    assert table.markdown(found).splitlines()[1] == "|---" + "|---:" * 9 + "|"
 
 
-def test_first_tokens_are_timed_after_a_warm_up_on_speech_of_each_length(sample_data):
+def test_what_takes_as_long_as_the_first_is_its_own_counterpart_in_equal_time():
+    of = {"aura": times(1, 600, "none"), "bridge": times(1, 800, "none"), "blsp": times(1, 620, "none")}
+    results = [result(name, 0, wer) for name, wer in (("aura", 0.1), ("bridge", 0.2), ("blsp", 0.3))]
+    shorter = result("bridge", 0, 0.4, budget="time")
+    shorter["scores"]["step"] = 30
+    found = summary.summarise([*results, shorter], {**TIMING, "systems": of})
+    timed = {name: system["equal_time"] for name, system in found["systems"].items()}
+    assert {name: of["sets"]["new"]["wer"]["mean"] for name, of in timed.items()} == {
+        "aura": 0.1,
+        "bridge": 0.4,
+        "blsp": 0.3,
+    }
+    assert timed["bridge"]["steps"] == 30
+    bridge = table.rows(found, "time")[2]
+    assert bridge[0] == "bridge" and bridge[-3] == "10.0"  # minutes: 30 of 40 steps
+
+
+def test_the_page_writes_numbers_from_the_summary(tmp_path):
+    noise = {"new": {"white": {"10": result("", 0, 0.7)["scores"]["sets"]["new"]}}}
+    text = {"adapters": "request", "loss": {"all": {"rise": 0.05}}, "questions": {"adapted": 7, "n": 10, "base": 8}}
+    one = result("aura", 0, 0.123, similarity={"after": {"cka": [[0.1, 0.9], [0.2, 0.8], [0.0, 0.5]]}})
+    one["scores"] |= {"noise": noise, "text": text}
+    one["curves"] = {"metrics": None, "validation": {"step": [20, 40], "wer": [1.0, 0.5]}}
+    timed = {**TIMING, "systems": TIMING["systems"] | {"cascade": times(0.3, 0, "none")}}
+    del timed["systems"]["cascade"]["schedule_seconds"], timed["systems"]["cascade"]["steps"]
+    found = summary.summarise([one, result("cascade", 0, 0.05)], timed)
+    html = page.write(found, tmp_path).read_text()
+    assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
+        *("quality", "first-token", "learning", "noise", "alignment", "forgetting")
+    }
+    shown = dict(re.findall(r'<data value="([^"]+)" data-key="([^"]+)"', html))
+    of = json.loads((tmp_path / "summary.json").read_text())
+    assert shown["0.123"] == "systems.aura.sets.new.wer.mean" and of["systems"]["aura"]["sets"]["new"]["wer"]["mean"]
+    assert "a command of seed 0" in html and "a command that times" in html
+    # Nothing but scores: the sections of what was not measured are left out.
+    bare = page.render(summary.summarise([result("oracle", 0, 0.5)], {**TIMING, "systems": {}}))
+    assert "No system was both scored by its words and timed" in bare and 'id="noise"' not in bare
+
+
+def test_speech_of_each_length_is_cut_from_the_test_sets(sample_data):
     c = config.default()
     c.eval.sets = {"one": str(sample_data / "recordings" / "test.jsonl")}
-    speech = job.clips(c)
+    speech = arm.speech(c, timing.LENGTHS)
     assert [len(waveform) for waveform in speech.values()] == [16000 * s for s in (1, 2, 5, 10, 30)]
     assert all(np.abs(waveform).max() > 0 for waveform in speech.values())
-
-    class Slow:
-        batch_size, asked = 1, 0
-
-        def generate(self, requests, progress=None):
-            self.asked += 1
-            return [Reply("", (), True, 0.0)]
-
-    slow = Slow()
-    found = job.first_token(slow, {1.0: speech[1.0]})
-    assert slow.asked == 8 and 0 <= found["1"]["low"] <= found["1"]["median"] <= found["1"]["high"]
 
 
 @pytest.mark.slow
@@ -146,18 +233,25 @@ def test_the_whole_of_it_on_random_tiny_models(tmp_path, capfd, sample_data):
         f"    c.eval.sets = {{'rows': {str(manifest)!r}}}\n"
         "    c.eval.text_heldout = c.eval.text_questions = ''\n    return c\n"
     )
-    argv = ["compare", f"--config={base}", "--systems", "bridge,cascade", "--workdir", str(tmp_path / "runs"), *SMALL]
+    argv = ["compare", f"--config={base}", "--systems", "aura,cascade", "--workdir", str(tmp_path / "runs"), *SMALL]
     assert cli.main(argv) == 0
     out, err = capfd.readouterr()
-    assert "bridge" in out and "cascade" in out and "2 of 2: cascade, seed 0" in err
-    bridge, cascade = (
-        json.loads((tmp_path / "runs" / "results" / f"{name}-seed-0.json").read_text())
-        for name in ("bridge", "cascade")
-    )
-    for found in (bridge, cascade):
+    assert "aura" in out and "cascade" in out and "2 of 2: cascade, seed 0" in err
+    results = tmp_path / "runs" / "results"
+    aura, cascade = (json.loads((results / f"{name}-seed-0.json").read_text()) for name in ("aura", "cascade"))
+    for found in (aura, cascade):
         assert found["scores"]["sets"]["rows"]["n"] == 3 and found["command"].startswith("aura-jax ")
-        assert list(found["first_token"]) == ["1", "2", "5", "10", "30"]
-    assert bridge["scores"]["step"] == 2 and bridge["curves"]["metrics"]["step"] == [1, 2]
-    assert {part["part"] for part in bridge["parameters"]} >= {"encoder", "audio embedder"}
+    assert aura["scores"]["step"] == 2 and aura["curves"]["metrics"]["step"] == [1, 2]
+    assert {part["part"] for part in aura["parameters"]} >= {"LoRA", "audio embedder"}
+    timed = json.loads((results / "timing.json").read_text())["systems"]
+    assert list(timed["aura"]["first_token"]) == ["separate", "merged"] and list(timed["cascade"]["first_token"]) == [
+        "none"
+    ]
+    for of in timed.values():
+        for first in of["first_token"].values():
+            assert list(first) == ["1", "2", "5", "10", "30"]
+            assert all(0 < x["low"] <= x["median"] <= x["high"] for x in first.values())
+    assert [stage["n"] for stage in timed["aura"]["steps"].values()] == [2] and "steps" not in timed["cascade"]
+    assert (results / "compare.html").is_file() and (results / "figures" / "quality.png").is_file()
     assert cli.main(argv) == 0  # all done
     assert "of 2" not in capfd.readouterr().err

@@ -1,94 +1,22 @@
-"""The jobs of a comparison: which there are, which are done, and one after another those that are not."""
+"""A comparison from its jobs to its page: what has a result is not done again."""
 
-import dataclasses
 import json
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aura_jax import config as config_lib
-from aura_jax.config import Config
-from aura_jax.errors import UserError, nearest
-from aura_jax.experiments.compare import table
-from aura_jax.experiments.quickstart import check
+from aura_jax.errors import UserError
+from aura_jax.experiments.compare import page, plan, table, timing
+from aura_jax.experiments.compare.plan import Job
+from aura_jax.experiments.compare.summary import summarise
 
-SYSTEMS = Path("configs/systems")  # below the root of the repository
-UNTRAINED = ("cascade", "oracle")
-_BASE = "configs/quickstart.py"
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One system and one seed.
-
-    Attributes:
-      workdir: of its training.
-      output: its result.
-    """
-
-    system: str
-    seed: int
-    config: Config
-    workdir: Path
-    output: Path
-
-    def values(self, command: str) -> dict[str, Any]:
-        """Returns the job as JSON."""
-        return {
-            "system": self.system,
-            "seed": self.seed,
-            "command": command,
-            "config": json.loads(config_lib.to_json(self.config)),
-            "workdir": str(self.workdir),
-            "output": str(self.output),
-        }
-
-
-def plan(
-    systems: Sequence[str], seeds: Sequence[int], workdir: Path, results: Path, base: str, overrides: Sequence[str]
-) -> list[Job]:
-    """Returns the jobs, those of the first seed first; a system that learns nothing has one.
-
-    Args:
-      systems: names of files in `SYSTEMS`, of `UNTRAINED`, or paths of config files.
-      base: the config that the systems take models, data and number of steps from.
-      overrides: `--config.KEY=VALUE`, of every system.
-
-    Raises:
-      UserError: an unknown system, one named twice, or a config that is wrong; before anything is trained.
-    """
-    files = {name: _file(name) for name in systems}
-    jobs = []
-    for seed in seeds:
-        for name, file in files.items():
-            if name in UNTRAINED and seed != seeds[0]:
-                continue
-            config = config_lib.load([f"--config={file}:{base}", *overrides, f"--config.seed={seed}"])
-            if not config.eval.sets:
-                raise UserError(f"{base}: eval.sets is empty, and there is nothing to compare on: name test sets")
-            check(config)
-            place = f"{Path(name).stem}-seed-{seed}"
-            jobs.append(Job(Path(name).stem, seed, config, workdir / place, results / f"{place}.json"))
-    if len({(job.system, job.seed) for job in jobs}) < len(jobs):
-        raise UserError(f"--systems {','.join(systems)}: two have the same name")
-    return jobs
-
-
-def _file(name: str) -> Path:
-    if name in UNTRAINED:
-        return SYSTEMS / "aura.py"  # the base as it is
-    if name.endswith(".py"):
-        return Path(name)
-    known = sorted(path.stem for path in SYSTEMS.glob("[!_]*.py"))
-    if not known:
-        raise UserError(f"no {SYSTEMS}: run this from the root of the repository, or name config files")
-    if name not in known:
-        raise UserError(f"unknown system {name!r}: {nearest(name, [*known, *UNTRAINED])}")
-    return SYSTEMS / f"{name}.py"
+_BASE = "configs/compare.py"
+_TIMING = "timing.json"
 
 
 def main(
@@ -98,24 +26,41 @@ def main(
     results: Path,
     base: str = _BASE,
     overrides: Sequence[str] = (),
+    equal_time: bool = False,
 ) -> int:
-    """Runs the jobs that have no result yet, and prints the table of all; returns an exit code.
+    """Runs what has no result yet, writes the page and its figures, and prints the table; returns an exit code.
+
+    Args:
+      equal_time: train each system a second time, for as long as the first one takes.
 
     Raises:
-      UserError: as `plan`, or a result is there that was made with another config.
+      UserError: as `plan.equal_steps`, or a result is there that was made with another config.
     """
-    jobs = plan(systems, seeds, workdir, results, base, overrides)
-    missing = [job for job in jobs if not _is_done(job)]
+    jobs = plan.equal_steps(systems, seeds, workdir, results, base, overrides)
     command = f"aura-jax {shlex.join(sys.argv[1:])}"
+    if code := _run_missing(jobs, command):
+        return code
+    times = _timed(jobs, results / _TIMING, command)
+    if equal_time:
+        more = plan.equal_time(jobs, times)
+        if code := _run_missing(more, command):
+            return code
+        jobs += more
+    summary = summarise([json.loads(job.output.read_text()) for job in jobs], times)
+    print(table.text(summary))
+    print(f"wrote {page.write(summary, results)}")
+    return 0
+
+
+def _run_missing(jobs: Sequence[Job], command: str) -> int:
+    missing = [job for job in jobs if not _is_done(job)]
     for i, job in enumerate(missing, 1):
         print(f"{i} of {len(missing)}: {job.system}, seed {job.seed}", file=sys.stderr, flush=True)
         job.output.parent.mkdir(parents=True, exist_ok=True)
         file = job.workdir.with_name(f"{job.workdir.name}.json")
         file.write_text(json.dumps(job.values(command), indent=1) + "\n")
-        code = _run([sys.executable, "-m", "aura_jax.experiments.compare.job", str(file)])
-        if code:
+        if code := _run([sys.executable, "-m", "aura_jax.experiments.compare.job", str(file)]):
             return code
-    print(table.text([json.loads(job.output.read_text()) for job in jobs]))
     return 0
 
 
@@ -129,6 +74,27 @@ def _is_done(job: Job) -> bool:
     if not same:
         raise UserError(f"{job.output} was made with another config: delete it, or name another folder with --results")
     return True
+
+
+def _timed(jobs: Sequence[Job], file: Path, command: str) -> Mapping[str, Any]:
+    """Returns the times of the systems; measured anew if those that are there are not of these systems."""
+    systems = {}
+    for job in jobs:
+        systems.setdefault(job.system, job.config)
+    wanted = {name: json.loads(config_lib.to_json(c)) for name, c in systems.items() if name not in timing.UNTIMED}
+    try:
+        found = json.loads(file.read_text()) if file.is_file() else {"systems": {}}
+        have = {name: of["config"] for name, of in found["systems"].items()}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file}: no times of a comparison: delete it") from error
+    # The order matters: the first is what the others are compared with.
+    if list(have.items()) == list(wanted.items()):
+        return found
+    found = timing.measure(systems, command)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(file)
+    return found
 
 
 def _run(command: Sequence[str]) -> int:

@@ -1,52 +1,72 @@
-"""The results of a comparison as a table: a row a system, means over seeds with the range."""
+"""A comparison as a table: a row a system, means over seeds with the range."""
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 _FIRST_TOKEN = ("2", "10")  # seconds of speech
 
 
-def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns the table's cells, the head first; systems in the order of their first result."""
-    systems: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        systems.setdefault(result["system"], []).append(result)
-    sets = list(dict.fromkeys(name for result in results for name in result["scores"]["sets"]))
-    head = ["system", "seeds", *(f"WER %, {name}" for name in sets)]
+def rows(summary: Mapping[str, Any], budget: str = "steps") -> list[list[str]]:
+    """Returns the table's cells, the head first.
+
+    Args:
+      summary: of `summary.summarise`.
+      budget: "time" for what the systems learnt in equal time; those that have no such result are left out.
+    """
+    head = ["system", "seeds", "steps", *(f"WER %, {name}" for name in summary["sets"])]
     head += [f"first token of {seconds} s, ms" for seconds in _FIRST_TOKEN]
-    head += ["trained, M", "train, min", "peak, GiB"]
+    head += ["trained, M", "a schedule, min", "peak training, GiB", "peak answering, GiB"]
     out = [head]
-    for name, of_system in systems.items():
-        cells = [name, str(len(of_system))]
-        cells += [_cell(of_system, lambda r, s=s: 100 * r["scores"]["sets"][s]["wer"]["value"]) for s in sets]
-        cells += [_cell(of_system, lambda r, s=s: 1000 * r["first_token"][s]["median"], 0) for s in _FIRST_TOKEN]
-        cells.append(_cell(of_system[:1], lambda r: sum(part["trained"] for part in r["parameters"]) / 1e6))
-        cells.append(_cell(of_system, lambda r: r["scores"]["seconds"]["train"] / 60))
-        cells.append(_cell(of_system, lambda r: r["peak_memory_gib"]))
+    for name, system in summary["systems"].items():
+        of = system if budget == "steps" else system.get("equal_time")
+        if of is None:
+            continue
+        timing = system.get("timing") or {}
+        cells = [name, str(len(system["seeds"])), f"{of['steps']:,}" if of.get("steps") else "-"]
+        cells += [_spread(of["sets"][one].get("wer"), 100) for one in summary["sets"]]
+        cells += [first_token(timing, seconds) for seconds in _FIRST_TOKEN]
+        cells.append(f"{system['parameters']['trained'] / 1e6:.1f}" if "parameters" in system else "-")
+        minutes = timing.get("schedule_seconds")
+        if budget == "time" and minutes:
+            minutes *= of["steps"] / system["steps"]
+        cells.append(f"{minutes / 60:.1f}" if minutes else "-")
+        memory = timing.get("peak_memory_gib") or {}
+        cells += [f"{memory[what]:.1f}" if memory.get(what) else "-" for what in ("steps", "answers")]
         out.append(cells)
     return out
 
 
-def text(results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the table as plain text."""
-    cells = rows(results)
+def text(summary: Mapping[str, Any]) -> str:
+    """Returns the table as plain text; what was learnt in equal time below it, if anything was."""
+    return "\n\n".join(_plain(cells) for budget in ("steps", "time") if len(cells := rows(summary, budget)) > 1)
+
+
+def _plain(cells: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     pad = lambda i, word: word.ljust(widths[i]) if i == 0 else word.rjust(widths[i])
     return "\n".join("  ".join(pad(i, word) for i, word in enumerate(row)).rstrip() for row in cells)
 
 
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+def markdown(summary: Mapping[str, Any], budget: str = "steps") -> str:
     """Returns the table in Markdown."""
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows(results))
-    return "\n".join([head, "|---" + "|---:" * (len(rows(results)[0]) - 1) + "|", *body])
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows(summary, budget))
+    return "\n".join([head, "|---" + "|---:" * (head.count("|") - 2) + "|", *body])
 
 
-def _cell(results: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float], digits: int = 1) -> str:
-    """Returns the mean of a value, with its range if there are several; "-" where it was not measured."""
-    try:
-        values = [value(result) for result in results]
-    except KeyError:
+def first_token(timing: Mapping[str, Any], seconds: str) -> str:
+    """Returns the milliseconds to the first token, with the adapters merged where they can be."""
+    ways = timing.get("first_token")
+    if not ways:
         return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    best = ways.get("merged") or next(iter(ways.values()))
+    return f"{1000 * best[seconds]['median']:.0f}"
+
+
+def _spread(value: Mapping[str, float] | None, scale: float, digits: int = 1) -> str:
+    """Returns a mean with its range over seeds; of one seed, the value alone; "-" if it was not measured."""
+    if value is None:
+        return "-"
+    mean = f"{scale * value['mean']:.{digits}f}"
+    if value["runs"] == 1:
+        return mean
+    return f"{mean} ({scale * value['low']:.{digits}f} to {scale * value['high']:.{digits}f})"

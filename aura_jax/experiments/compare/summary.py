@@ -1,0 +1,109 @@
+"""What the page and the tables of a comparison say: means over seeds, with the range, of everything measured."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from aura_jax.evaluate.score import COLUMNS
+from aura_jax.experiments.compare.plan import SAME, time_factors
+
+Result = Mapping[str, Any]
+
+
+def summarise(results: Sequence[Result], timing: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"sets": {name: clips}, "first", "systems": {name: of `_system`}, "command", "machine", "timing"}.
+
+    Args:
+      results: of the jobs, of equal steps and of equal time; systems keep the order in which they come first.
+      timing: of `timing.measure`.
+    """
+    names = dict.fromkeys(result["system"] for result in results)
+    factors = time_factors(timing)
+    systems = {}
+    for name in names:
+        of_system = [result for result in results if result["system"] == name]
+        steps = [result for result in of_system if result.get("budget") != "time"]
+        time = [result for result in of_system if result.get("budget") == "time"]
+        systems[name] = _system(steps) | {"timing": timing["systems"].get(name)}
+        factor = factors.get(name)
+        # A schedule that takes as long as the first one's is its own counterpart.
+        same = steps if factor is not None and abs(factor - 1) < SAME else []
+        if time or (same and any(result.get("budget") == "time" for result in results)):
+            systems[name]["equal_time"] = _scores(time or same) | {"steps": _n_steps((time or same)[0])}
+    return {
+        "sets": {name: scores["n"] for name, scores in results[0]["scores"]["sets"].items()},
+        "first": next(iter(names)),
+        "systems": systems,
+        "commands": list(dict.fromkeys([*(result["command"] for result in results), timing["command"]])),
+        "machine": timing["machine"],
+    }
+
+
+def _system(results: Sequence[Result]) -> dict[str, Any]:
+    """Returns what is known of one system at equal steps.
+
+    Returns:
+      {"seeds", "steps", and whatever was measured of "sets", "noise", "likelihood", "text" (each number as `_over`),
+      "parameters": {"trained", "kept"}, "curves": [{"seed", "step", "wer"}], "similarity": of the first seed that
+      has one, "window_seconds": of a cascade, and "windows": the error rate of each}.
+    """
+    first = results[0]
+    out: dict[str, Any] = {"seeds": [result["seed"] for result in results], "steps": _n_steps(first)}
+    out |= _scores(results)
+    if "curves" in first:
+        curves = [(result["seed"], result["curves"].get("validation")) for result in results]
+        out["curves"] = [{"seed": seed, "step": c["step"], "wer": c["wer"]} for seed, c in curves if c]
+    if parts := first.get("parameters"):
+        kept = sum(part["trained"] + part["frozen"] for part in parts if part["kept"])
+        out["parameters"] = {"trained": sum(part["trained"] for part in parts), "kept": kept}
+    out["similarity"] = next((result["similarity"] for result in results if result.get("similarity")), None)
+    return out
+
+
+def _n_steps(result: Result) -> int | None:
+    return result["scores"].get("step")
+
+
+def _scores(results: Sequence[Result]) -> dict[str, Any]:
+    scores = [result["scores"] for result in results]
+    out: dict[str, Any] = {"sets": _metrics([of["sets"] for of in scores])}
+    if "noise" in scores[0]:
+        out["noise"] = {
+            name: {kind: _metrics([of["noise"][name][kind] for of in scores]) for kind in kinds}
+            for name, kinds in scores[0]["noise"].items()
+        }
+    if "likelihood" in scores[0]:
+        out["likelihood"] = {
+            name: {
+                "perplexity": _over(scores, lambda of, n=name: of["likelihood"][n]["speech"]["perplexity"]["value"]),
+                "divergence": _over(scores, lambda of, n=name: of["likelihood"][n]["divergence"]["value"]),
+            }
+            for name in scores[0]["likelihood"]
+        }
+    if text := scores[0].get("text"):
+        out["text"] = {"adapters": text["adapters"]}
+        if "loss" in text:
+            out["text"]["rise"] = _over(scores, lambda of: of["text"]["loss"]["all"]["rise"])
+        if "questions" in text:
+            asked = _over(scores, lambda of: of["text"]["questions"]["adapted"])
+            out["text"]["questions"] = asked | {"n": text["questions"]["n"], "base": text["questions"]["base"]}
+    return out
+
+
+def _metrics(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns of every set (or level of noise) its scores over the runs; of one run, with its bootstrap interval."""
+    out = {}
+    for name, scores in runs[0].items():
+        out[name] = {"n": scores["n"]}
+        for metric in COLUMNS:
+            if metric in scores:
+                out[name][metric] = _over(runs, lambda run, n=name, m=metric: run[n][m]["value"])
+                if len(runs) == 1:
+                    out[name][metric] |= {edge: scores[metric][edge] for edge in ("low", "high")}
+    return out
+
+
+def _over(runs: Sequence[Any], value: Callable[[Any], float]) -> dict[str, float]:
+    """Returns the mean of a number over runs, its least and its greatest value."""
+    values = [value(run) for run in runs]
+    return {"mean": statistics.mean(values), "low": min(values), "high": max(values), "runs": len(values)}

@@ -1,0 +1,123 @@
+"""How fast the systems of a comparison answer and train, side by side: they take turns, one computes at a time.
+
+What else the machine does slows all alike, so that what is to be trusted is a ratio.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from aura_jax import config as config_lib
+from aura_jax import machine
+from aura_jax.config import Config
+from aura_jax.experiments.bench.protocol import Worker
+from aura_jax.experiments.bench.train import spread
+from aura_jax.experiments.compare.plan import UNTRAINED
+
+LENGTHS = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds of speech
+UNTIMED = ("oracle",)  # reads
+_ANSWERS, _STEPS, _BATCHES = 7, 5, 4  # rounds; batches of a stage, the same rows for all
+
+
+def measure(systems: Mapping[str, Config], command: str, lengths: Sequence[float] = LENGTHS) -> dict[str, Any]:
+    """Returns times of the first token and of a train step of each system, and what they need of memory.
+
+    Args:
+      systems: their configs by name, `plan.UNTRAINED` among them; the first is what the others are compared with.
+      lengths: of the clips, in seconds.
+
+    Returns:
+      {"command", "machine", "systems": {name: {"config", "first_token": {adapters: {length: {"median",
+      "low", "high", and "times": of the same round of the first system with its first adapters}}}, "steps": {stage:
+      {"seconds": of one, "n": in the schedule}}, "schedule_seconds", "peak_memory_gib": {"answers", "steps"}}}}.
+      Seconds of a schedule are those of its steps; a system that learns nothing has none.
+    """
+    names = [name for name in systems if name not in UNTIMED]
+    out: dict[str, Any] = {name: {"config": json.loads(config_lib.to_json(systems[name]))} for name in names}
+    with tempfile.TemporaryDirectory(prefix="aura-compare-") as folder, _started(names, Path(folder)) as workers:
+        about = {}
+        for name in tqdm(names, desc="loading"):
+            Path(folder, name).mkdir()
+            values = {"system": name, "config": out[name]["config"], "lengths": lengths}
+            about[name] = workers[name].ask("load", **values, folder=str(Path(folder, name)))
+            workers[name].ask("watch")
+        first_tokens = _first_tokens(workers, about, lengths)
+        for name in names:
+            out[name]["first_token"] = first_tokens[name]
+            out[name]["peak_memory_gib"] = {"answers": _gib(workers[name])}
+        _steps({name: worker for name, worker in workers.items() if name not in UNTRAINED}, systems, out)
+    return {"command": command, "machine": machine.describe(), "systems": out}
+
+
+@contextmanager
+def _started(names: Sequence[str], folder: Path) -> Iterator[dict[str, Worker]]:
+    command = [sys.executable, "-m", "aura_jax.experiments.compare.arm"]
+    with ExitStack() as stack:
+        workers = {}
+        for name in names:
+            workers[name] = Worker(command, {}, folder / f"{name}.log")
+            stack.callback(workers[name].close)
+        yield workers
+
+
+def _first_tokens(
+    workers: Mapping[str, Worker], about: Mapping[str, Any], lengths: Sequence[float]
+) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    arms = [(name, adapters) for name in workers for adapters in about[name]["adapters"]]
+    seconds: dict[tuple[str, str, float], list[float]] = {(*arm, length): [] for arm in arms for length in lengths}
+    # The first round compiles. Who goes first changes from round to round.
+    for turn in tqdm(range(1 + _ANSWERS), desc="first tokens", unit="round"):
+        for length in lengths:
+            for name, adapters in (*arms[turn % len(arms) :], *arms[: turn % len(arms)]):
+                took = workers[name].ask("answer", adapters=adapters, length=length)["seconds"]
+                if turn:
+                    seconds[name, adapters, length].append(took)
+    out: dict[str, Any] = {name: {} for name in workers}
+    for name, adapters in arms:
+        out[name][adapters] = {
+            f"{length:g}": spread(seconds[name, adapters, length])
+            | {"times": spread(_ratios(seconds[name, adapters, length], seconds[*arms[0], length]))}
+            for length in lengths
+        }
+    return out
+
+
+def _steps(workers: Mapping[str, Worker], systems: Mapping[str, Config], out: dict[str, Any]) -> None:
+    """Adds "steps", "schedule_seconds" and the memory of steps to what is known of each system."""
+    arms = []
+    for name in tqdm(workers, desc="preparing to train"):
+        arms += [(name, stage) for stage in workers[name].ask("prepare_steps", n_batches=_BATCHES)["stages"]]
+        workers[name].ask("watch")
+    seconds: dict[tuple[str, str], list[list[float]]] = {arm: [[] for _ in range(_BATCHES)] for arm in arms}
+    for turn in tqdm(range(1 + _STEPS), desc="steps", unit="round"):
+        for batch in range(_BATCHES):
+            for name, stage in (*arms[turn % len(arms) :], *arms[: turn % len(arms)]):
+                took = workers[name].ask("step", stage=stage, batch=batch)["seconds"]
+                if turn:
+                    seconds[name, stage][batch].append(took)
+    for name, worker in workers.items():
+        of_stages: list[tuple[str, Any]] = config_lib.stages(systems[name])
+        left, steps = config_lib.total_steps(systems[name]), {}
+        for stage, c in of_stages:
+            each = statistics.mean(statistics.median(of_batch) for of_batch in seconds[name, stage])
+            steps[stage] = {"seconds": each, "n": min(c.steps, left)}
+            left -= steps[stage]["n"]
+        out[name]["steps"] = steps
+        out[name]["schedule_seconds"] = sum(of["seconds"] * of["n"] for of in steps.values())
+        out[name]["peak_memory_gib"]["steps"] = _gib(worker)
+
+
+def _gib(worker: Worker) -> float | None:
+    peak = worker.ask("peak")["since_watch"]
+    return None if peak is None else peak / 2**30
+
+
+def _ratios(seconds: Sequence[float], of_first: Sequence[float]) -> list[float]:
+    return [own / first for own, first in zip(seconds, of_first, strict=True)]
