@@ -57,17 +57,38 @@ def load_audio(source: str | Path | bytes | BinaryIO, *, max_seconds: float | No
             if max_seconds is not None and n_samples > max_seconds * rate:
                 raise _too_long(name, n_samples / rate, max_seconds, at_least="at least ")
             parts.append(values_SxC[:, 0] if file.channels == 1 else values_SxC.mean(axis=1))
-    if not parts:
+    return from_samples(np.concatenate(parts) if parts else np.zeros(0, np.float32), rate, name=name)
+
+
+def from_samples(samples_S: np.ndarray, rate: float, *, name: str = "audio") -> np.ndarray:
+    """Turns decoded samples into a waveform at 16 kHz, resampled with soxr's "HQ" filter.
+
+    Args:
+      samples_S: any float [S], nominally in [-1, 1].
+      rate: their sample rate in Hz.
+      name: what an error calls them.
+
+    Returns:
+      waveform_S: float32 [S], S >= 1.
+
+    Raises:
+      AudioError: they are not one channel of floats, none, NaN or infinite, or the rate is none of audio.
+    """
+    if samples_S.ndim != 1 or not np.issubdtype(samples_S.dtype, np.floating):
+        shape = list(samples_S.shape)
+        raise AudioError(f"{name}: samples {samples_S.dtype}{shape}: give one channel of floats, from -1 to 1")
+    if not len(samples_S):
         raise _no_samples(name)
-    waveform_S = np.concatenate(parts)
-    if not np.isfinite(waveform_S).all():
-        where = int(np.argmin(np.isfinite(waveform_S))) / rate
+    if not rate >= _LOWEST_RATE:
+        raise AudioError(f"{name}: sample rate {rate} Hz: give that of the samples")
+    if not np.isfinite(samples_S).all():
+        where = int(np.argmin(np.isfinite(samples_S))) / rate
         raise AudioError(f"{name}: NaN or infinite samples, the first at {where:.3f} s: export the clip again")
     if rate != SAMPLE_RATE:
-        waveform_S = soxr.resample(waveform_S, rate, SAMPLE_RATE, quality="HQ")
-        if not len(waveform_S):
+        samples_S = soxr.resample(samples_S, rate, SAMPLE_RATE, quality="HQ")
+        if not len(samples_S):
             raise AudioError(f"{name}: too short for one sample at {SAMPLE_RATE} Hz: record it again")
-    return np.ascontiguousarray(waveform_S, dtype=np.float32)
+    return np.ascontiguousarray(samples_S, dtype=np.float32)
 
 
 def audio_seconds(source: str | Path | bytes | BinaryIO) -> float:
