@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aura_jax.config import Config
 from aura_jax.errors import UserError
 from aura_jax.infer.generate import Generator, Reply, Request
+from aura_jax.infer.sampling import GREEDY, Sampling
 from aura_jax.infer.transcriber import Transcriber
 
 
@@ -24,12 +26,18 @@ class Cascade:
         self._transcriber, self._generator = transcriber, generator
         self.batch_size = transcriber.batch_size
 
-    def generate(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> list[Reply]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], Any] | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> list[Reply]:
         """Returns the answer to each spoken request, in order; the transcript where that is what is wanted.
 
         Args:
           requests: with audio.
           progress: called after each batch with the number of requests in it.
+          sampling: how the LLM picks its tokens; Whisper's are always the likeliest.
 
         Raises:
           UserError: as `Transcriber.generate` and `Generator.generate`.
@@ -40,7 +48,7 @@ class Cascade:
             dataclasses.replace(requests[i], waveform=None, transcript=heard[i].text, number=_number(requests[i], i))
             for i in answered
         ]
-        for i, reply in zip(answered, self._generator.generate(written), strict=True):
+        for i, reply in zip(answered, self._generator.generate(written, sampling=sampling), strict=True):
             heard[i] = dataclasses.replace(reply, seconds=heard[i].seconds + reply.seconds)
         return heard
 
@@ -72,6 +80,18 @@ class Oracle:
         if any(request.waveform is not None for request in requests):
             raise UserError("the oracle reads: give it the transcript in the place of the audio")
         return self._generator.generate(requests, progress)
+
+
+def whisper_of(config: Config) -> str:
+    """Returns the Whisper that listens in a config's cascade: the teacher, or else the encoder.
+
+    Raises:
+      UserError: there is neither.
+    """
+    name = config.model.teacher or config.model.encoder
+    if not name:
+        raise UserError("a cascade needs model.teacher or model.encoder in the run's config: it names no Whisper")
+    return name
 
 
 def _number(request: Request, place: int) -> int:

@@ -152,13 +152,9 @@ def _untrained(name: str, config: Any) -> tuple[Any, Any]:
     from aura_jax.infer.generate import plain_generator
     from aura_jax.infer.transcriber import Transcriber
 
-    needed = {"whisper": ("whisper",), "cascade": ("whisper", "llm"), "oracle": ("llm",)}[name]
-    of = {"whisper": config.model.teacher or config.model.encoder, "llm": config.model.llm}
-    if "whisper" in needed and not of["whisper"]:
-        raise UserError(
-            f"--system {name} needs model.teacher or model.encoder in the run's config: it names no Whisper"
-        )
-    folders = [assets.resolve(of[part]) for part in needed]
+    named = [] if name == "oracle" else [cascade.whisper_of(config)]
+    named += [] if name == "whisper" else [config.model.llm]
+    folders = [assets.resolve(model) for model in named]
     files = [
         [str(folder), *sorted((path.name, *stamp(str(path))) for path in folder.iterdir() if path.is_file())]
         for folder in folders

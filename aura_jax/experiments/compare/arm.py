@@ -23,7 +23,7 @@ from aura_jax.data.manifest import load_manifest
 from aura_jax.evaluate.run import Answers
 from aura_jax.experiments.bench import protocol
 from aura_jax.experiments.compare.plan import UNTRAINED
-from aura_jax.infer.cascade import Cascade
+from aura_jax.infer.cascade import Cascade, whisper_of
 from aura_jax.infer.generate import Generator, Request, plain_generator
 from aura_jax.infer.transcriber import Transcriber
 from aura_jax.models.lora import merge
@@ -53,7 +53,7 @@ class Arm:
         with answering.ignore_type():
             answering.data.buckets = tuple(lengths)
         if system in UNTRAINED:
-            whisper = assets.resolve(c.model.teacher or c.model.encoder)
+            whisper = assets.resolve(whisper_of(c))
             self._answers: dict[str, Answers] = {
                 "none": Cascade(Transcriber(whisper, batch_size=1), plain_generator(answering, 1))
             }

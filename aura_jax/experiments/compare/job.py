@@ -21,7 +21,7 @@ from aura_jax.errors import USER_MISTAKE, UserError
 from aura_jax.evaluate import suite
 from aura_jax.evaluate.run import Answers, evaluate_sets
 from aura_jax.experiments.compare.plan import UNTRAINED
-from aura_jax.infer.cascade import Cascade, Oracle
+from aura_jax.infer.cascade import Cascade, Oracle, whisper_of
 from aura_jax.infer.generate import plain_generator
 from aura_jax.infer.transcriber import Transcriber
 from aura_jax.report import collect
@@ -47,12 +47,11 @@ def measure(name: str, config: Config, workdir: Path) -> dict[str, Any] | None:
 def _measure_untrained(name: str, config: Config) -> dict[str, Any]:
     start = time.perf_counter()
     plain = plain_generator(config)
-    whisper = config.model.teacher or config.model.encoder
     answers: Answers
     if name == "oracle":
         answers = Oracle(plain)
     else:
-        answers = Cascade(Transcriber(assets.resolve(whisper), batch_size=config.eval.batch_size), plain)
+        answers = Cascade(Transcriber(assets.resolve(whisper_of(config)), batch_size=config.eval.batch_size), plain)
     scores, _ = evaluate_sets(answers, dict(config.eval.sets), config)
     seconds = {"train": 0.0, "evaluate": time.perf_counter() - start}
     return {"scores": {"sets": scores, "seconds": seconds, "eval": suite.settings(config)}}
