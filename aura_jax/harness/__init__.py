@@ -1,0 +1,1 @@
+"""Other people's evaluation harnesses: a trained run as a model of theirs."""
