@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
@@ -100,7 +101,7 @@ class AuraJax(lmms):
                         answers[place] = up_to(reply.text, decoding.until)
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Returns the mean nats of each answer's tokens, and whether greedy decoding would write it.
 
         It is a loss, as other models of lmms-eval return it: its multiple choice takes the smallest.
@@ -108,16 +109,19 @@ class AuraJax(lmms):
         Args:
           requests: as of `generate_until`, with the answer, or a function from a document to it, as the second.
 
+        Returns:
+          `GenerationResult`s of pairs: of a bare pair the evaluator of 0.7.3 makes text (`unwrap_generation_output`).
+
         Raises:
           UserError: as `generate_until` and `Respondent.losses`.
         """
-        found: list[tuple[float, bool]] = []
+        found: list[Any] = []
         size = self._respondent.batch_size
         for start in tqdm(range(0, len(requests), size), desc="aura_jax"):
             part = requests[start : start + size]
             asked = [self._request(instance, start + i) for i, instance in enumerate(part)]
             answers = [_answer(instance, self.task_dict) for instance in part]
-            found += self._respondent.losses(asked, answers)
+            found += map(GenerationResult, self._respondent.losses(asked, answers))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

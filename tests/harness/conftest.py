@@ -44,6 +44,11 @@ class Instance:
         return self.arguments
 
 
+@dataclasses.dataclass
+class GenerationResult:
+    text: object
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelManifest:
     model_id: str
@@ -53,9 +58,9 @@ class ModelManifest:
 
 
 _RECORDED = {
-    "lmms_eval.api.model": lmms,
-    "lmms_eval.api.instance": Instance,
-    "lmms_eval.models.registry_v2": ModelManifest,
+    "lmms_eval.api.model": [lmms],
+    "lmms_eval.api.instance": [Instance, GenerationResult],
+    "lmms_eval.models.registry_v2": [ModelManifest],
 }
 
 
@@ -68,7 +73,7 @@ def lmms_eval():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models", *_RECORDED):
             module = types.ModuleType(name)
-            if name in _RECORDED:
-                setattr(module, _RECORDED[name].__name__, _RECORDED[name])
+            for recorded in _RECORDED.get(name, ()):
+                setattr(module, recorded.__name__, recorded)
             patch.setitem(sys.modules, name, module)
         yield

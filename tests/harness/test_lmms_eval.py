@@ -93,7 +93,7 @@ def test_a_run_answers(plugin, tiny_workdir, tiny_loaded):
 def test_answers_are_rated_without_the_blank_before_them(model):
     answers = [lambda doc: doc["answer"], " word 11", "word 2"]
     found = model.loglikelihood([instance(i, answer) for i, answer in enumerate(answers)])
-    assert found == [(6.0, False), (7.0, False), (6.0, False)]
+    assert [result.text for result in found] == [(6.0, False), (7.0, False), (6.0, False)]
     assert model._respondent.rated == [("Answer.", "word 0"), ("Answer.", "word 11"), ("Answer.", "word 2")]
 
 
