@@ -9,10 +9,19 @@ from typing import Any
 from arms import RESULTS, spread
 from pods import PLAN
 
+from aura_jax.experiments.compare import table
+
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", "benchmarks/README.md", "docs/performance.md", "docs/pods.md", "docs/pytorch.md")
+    for page in (
+        "README.md",
+        "benchmarks/README.md",
+        "docs/performance.md",
+        "docs/pods.md",
+        "docs/pytorch.md",
+        "docs/systems.md",
+    )
 )
 _PLACE = re.compile(r"(<!-- table (\w+): python benchmarks/tables.py -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -229,6 +238,24 @@ def _fits(of: dict[str, Any]) -> tuple[str, str]:
     return "yes", f"{memory['total'] / gib:.1f} of {memory['hbm'] / gib:.0f}"
 
 
+_WIDE = ("steps", "trained, M", "peak training, GiB", "peak answering, GiB")  # more than the README has room for
+
+
+def compare(summary: dict[str, Any]) -> str:
+    """Returns the table of results/compare/summary.json: a row a system."""
+    head, *rows = table.rows(summary)
+    kept = [i for i, name in enumerate(head) if name not in _WIDE]
+    lines = _head([head[i] for i in kept])
+    return "\n".join([*lines, *(_row([row[i] for i in kept]) for row in rows)]) + "\n"
+
+
+def compare_all(summary: dict[str, Any]) -> str:
+    """Returns all columns of it, and those of equal time, if there are any."""
+    budgets = {"In equally many steps:": "steps", "In equal time:": "time"}
+    found = {what: table.markdown(summary, budget) for what, budget in budgets.items()}
+    return "\n\n".join(f"{what}\n\n{of}" for what, of in found.items() if of.count("\n") > 1) + "\n"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quickstart": ("quickstart", quickstart),
     "forgetting": ("forgetting", forgetting),
@@ -242,17 +269,19 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "interop": ("interop", interop),
     "pods": ("pods", pods),
     "int8": ("int8", int8),
+    "compare": ("compare/summary", compare),
+    "compare_all": ("compare/summary", compare_all),
 }
 
 
 def with_tables(page: Path) -> str:
     """Returns the page with the tables of the committed results between their markers."""
 
-    def table(match: re.Match) -> str:
+    def filled(match: re.Match) -> str:
         name, of = TABLES[match[2]]
         return match[1] + "\n" + of(json.loads((RESULTS / f"{name}.json").read_text())) + "\n" + match[3]
 
-    return _PLACE.sub(table, page.read_text())
+    return _PLACE.sub(filled, page.read_text())
 
 
 if __name__ == "__main__":
