@@ -27,7 +27,8 @@ from aura_jax.convert import random_models
 from aura_jax.data.manifest import load_manifest
 from aura_jax.exchange import importing
 from aura_jax.exchange.export import DTYPES, FORMATS, export_run
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.train import loop
 
 OUT = Path(__file__).parent / "results" / "interop.json"

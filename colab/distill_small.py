@@ -130,7 +130,8 @@ print(f"{result.step} steps in {result.seconds / 60:.1f} minutes")
 # %%
 from aura_jax import checkpoint
 from aura_jax.audio.io import load_audio
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 
 built, variables = checkpoint.load_for_inference(WORKDIR)
 generator = Generator(built, variables)

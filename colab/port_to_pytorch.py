@@ -101,7 +101,8 @@ from IPython.display import display
 
 from aura_jax.audio.io import load_audio
 from aura_jax.data.manifest import load_manifest
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 
 N_NEW = 24  # tokens, at most
 

@@ -25,7 +25,8 @@ from aura_jax.errors import UserError
 from aura_jax.evaluate.run import read_request
 from aura_jax.evaluate.score import interval
 from aura_jax.evaluate.text import base_variables
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.prompting import Request
+from aura_jax.infer.reading import Reader
 from aura_jax.system import System
 
 _READERS = 4  # threads
@@ -61,8 +62,8 @@ def likelihood(
     Raises:
       UserError: a clip cannot be read.
     """
-    hears = Generator(system, variables)
-    reads = Generator(system, base_variables(system, variables), adapters_on_text=False)
+    hears = Reader(system, variables)
+    reads = Reader(system, base_variables(system, variables), adapters_on_text=False)
     order = np.argsort(np.asarray(clip_samples(rows)), kind="stable")  # the clips of a batch are about equally long
     sums_3xN, tokens_N = np.zeros((3, len(rows))), np.zeros(len(rows), np.int64)
     with (
@@ -92,8 +93,8 @@ def _spoken(request: Request | AudioError) -> Request:
 
 
 def _compare(
-    hears: Generator,
-    reads: Generator,
+    hears: Reader,
+    reads: Reader,
     spoken: Sequence[Request],
     written: Sequence[Request],
     answers: Sequence[Sequence[int]],

@@ -20,7 +20,8 @@ from aura_jax.errors import UserError, nearest
 from aura_jax.evaluate.choices import Choices, read_choices, score_choices
 from aura_jax.evaluate.kept import Kept, identity
 from aura_jax.evaluate.score import IntentClassifier, bleu, score
-from aura_jax.infer.generate import Reply, Request
+from aura_jax.infer.generate import Reply
+from aura_jax.infer.prompting import Request
 
 _AT_A_TIME = 128  # clips in memory
 _READERS = 4  # threads

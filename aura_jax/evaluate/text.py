@@ -20,7 +20,8 @@ from aura_jax import checkpoint, losses
 from aura_jax.data.manifest import json_lines
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.models.speech_llm import text_context
 from aura_jax.system import System, load_llm
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.harness.respondent import Respondent, clip
-from aura_jax.infer.generate import Request
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import Sampling
 
 _AT_A_TIME = 128  # clips in memory

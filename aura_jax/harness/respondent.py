@@ -18,7 +18,8 @@ from aura_jax import config as config_lib
 from aura_jax.audio.io import AudioError, from_samples, load_audio
 from aura_jax.errors import UserError, nearest
 from aura_jax.infer.cascade import Cascade, whisper_of
-from aura_jax.infer.generate import Generator, Reply, Request, plain_generator
+from aura_jax.infer.generate import Generator, Reply, plain_generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import GREEDY, Sampling
 from aura_jax.infer.transcriber import Transcriber
 

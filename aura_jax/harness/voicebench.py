@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aura_jax.harness.respondent import Respondent, clip
-from aura_jax.infer.generate import Request
+from aura_jax.infer.prompting import Request
 
 _MAX_NEW_TOKENS = 2048  # as in VoiceBench, of answers to speech and to text
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from aura_jax.config import Config
 from aura_jax.errors import UserError
-from aura_jax.infer.generate import Generator, Reply, Request
+from aura_jax.infer.generate import Generator, Reply
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import GREEDY, Sampling
 from aura_jax.infer.transcriber import Transcriber
 

@@ -26,7 +26,8 @@ from aura_jax import config as config_lib
 from aura_jax.config import Config
 from aura_jax.data.manifest import Row, manifest_lines, parse_row
 from aura_jax.errors import UserError
-from aura_jax.infer.generate import Generator, Request, plain_generator
+from aura_jax.infer.generate import Generator, plain_generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import GREEDY, Sampling
 from aura_jax.storage import Folder, is_remote
 

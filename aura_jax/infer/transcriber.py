@@ -21,7 +21,8 @@ from flax import struct
 from aura_jax.audio import features
 from aura_jax.convert import hf
 from aura_jax.errors import UserError, nearest
-from aura_jax.infer.generate import Reply, Request
+from aura_jax.infer.generate import Reply
+from aura_jax.infer.prompting import Request
 from aura_jax.models.whisper import DecoderCache, WhisperDecoder, WhisperEncoder
 from aura_jax.system import load_tokenizer
 

@@ -23,7 +23,8 @@ def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("nothing to answer: add --audio FILE, or --prompt TEXT, or both")
     from aura_jax import checkpoint
     from aura_jax.audio.io import load_audio
-    from aura_jax.infer.generate import Generator, Request
+    from aura_jax.infer.generate import Generator
+    from aura_jax.infer.prompting import Request
 
     sampling = sampling_of(args)
     waveforms = [load_audio(file) for file in args.audio]

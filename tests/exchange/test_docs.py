@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from aura_jax.exchange.export import FORMATS
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 
 pytestmark = pytest.mark.slow  # every format is exported and loaded in torch
 

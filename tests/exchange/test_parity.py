@@ -11,7 +11,8 @@ from aura_jax.convert import random_models
 from aura_jax.data.manifest import load_manifest
 from aura_jax.exchange import importing
 from aura_jax.exchange.export import FORMATS, export_run
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 
 PARITY = 1e-4
 FAMILIES = {

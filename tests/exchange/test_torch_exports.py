@@ -11,7 +11,8 @@ import transformers
 
 from aura_jax.exchange.torch.audio_embedder import AudioEmbedder, generate
 from aura_jax.exchange.torch.configuration_aura import AuraConfig
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 
 pytestmark = pytest.mark.slow  # every format is exported and loaded in torch
 

@@ -9,7 +9,8 @@ import pytest
 from aura_jax import checkpoint, cli, config, sharding
 from aura_jax.audio.io import load_audio
 from aura_jax.data.manifest import load_manifest
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.train import loop
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
 from aura_jax.evaluate.run import evaluate_set
 from aura_jax.infer.cascade import Cascade, Oracle
-from aura_jax.infer.generate import Generator, Request, plain_generator
+from aura_jax.infer.generate import Generator, plain_generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.transcriber import Transcriber
 
 

@@ -13,7 +13,8 @@ from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
 from aura_jax.infer import continuations
 from aura_jax.infer.continuations import Part, write
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import Sampling
 
 TEXTS = ("Turn on the lights.", "What is six plus two?", "Stop.", "Open the bedroom window, please.", "Thank you.")

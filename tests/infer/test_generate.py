@@ -18,7 +18,8 @@ from aura_jax import system as system_lib
 from aura_jax.audio import features
 from aura_jax.errors import UserError
 from aura_jax.infer import generate
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request, lay_out, tokenise
 from aura_jax.infer.sampling import Choice, Sampling
 from aura_jax.models.speech_llm import Columns, text_context
 
@@ -168,7 +169,7 @@ def test_new_variables_act_at_once(tiny_loaded, generator):
 
 def test_few_shapes(tiny_loaded, generator, monkeypatch):
     monkeypatch.setattr(
-        generator, "_run", lambda batch, _: [generator._inputs(batch, 4).columns.tokens_BxT.shape] * len(batch)
+        generator, "_run", lambda batch, _: [lay_out(generator.system, batch, 4).columns.tokens_BxT.shape] * len(batch)
     )
     requests = [Request(clip(0.3 + 0.04 * i, i)) for i in range(40)]
     assert len(set(generator.generate(requests))) == 2  # one a bucket
@@ -176,8 +177,8 @@ def test_few_shapes(tiny_loaded, generator, monkeypatch):
 
 def test_the_cache_is_donated(tiny_loaded, generator):
     system, variables = tiny_loaded
-    inputs = generator._inputs([generator._prompt(i, request) for i, request in enumerate(SPEECH)], 4)
-    program = generator._program("everywhere", n_new=8)
+    prompts = [tokenise(system, i, request) for i, request in enumerate(SPEECH)]
+    inputs, program = lay_out(system, prompts, 4), generator._program(prompts[0], n_new=8)
     cache, token, segment = generate._prefill(variables, inputs, program, Choice())
     stop_ids = np.array(system.chat.stop_ids, np.int32)
     generate._decode(variables, cache, token, segment, stop_ids, program, Choice())
@@ -249,7 +250,8 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from aura_jax import checkpoint
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import Sampling
 
 assert len(jax.devices()) == 2

@@ -17,7 +17,8 @@ from transformers.generation import (
 from aura_jax import system as system_lib
 from aura_jax.errors import UserError
 from aura_jax.infer import generate
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import Choice, Sampling, adjusted, next_token
 
 VOCAB = 1000

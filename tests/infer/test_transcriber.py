@@ -11,7 +11,7 @@ from aura_jax import assets
 from aura_jax.audio.io import load_audio
 from aura_jax.convert import random_models
 from aura_jax.errors import UserError
-from aura_jax.infer.generate import Request
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.transcriber import Transcriber
 
 

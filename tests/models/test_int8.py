@@ -22,7 +22,8 @@ from aura_jax.evaluate import text
 from aura_jax.exchange import importing
 from aura_jax.exchange.export import FORMATS, export_run
 from aura_jax.experiments.compile import hlo
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.models.llm import LLM, REMAT, LLMConfig
 from aura_jax.models.lora import LoRAConfig, matmul
 from aura_jax.models.speech_llm import text_context

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from aura_jax import cli, sharding, system
 from aura_jax.errors import UserError
 from aura_jax.experiments.compile import chips
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 from aura_jax.models import attention as attention_lib
 from aura_jax.models import splash
 from aura_jax.models.attention import columns_ahead, key_end

@@ -24,7 +24,8 @@ from aura_jax.evaluate.run import Answers
 from aura_jax.experiments.bench import protocol
 from aura_jax.experiments.compare.plan import UNTRAINED
 from aura_jax.infer.cascade import Cascade, whisper_of
-from aura_jax.infer.generate import Generator, Request, plain_generator
+from aura_jax.infer.generate import Generator, plain_generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.transcriber import Transcriber
 from aura_jax.models.lora import merge
 from aura_jax.train import stages

@@ -1,0 +1,197 @@
+"""Reads prompts, and answers that are given, with a speech LLM: one compiled pass from waveform to hidden states.
+
+Dimensions: B rows, T prompt columns, G columns left for an answer, R answer tokens that are given, D width,
+V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aura_jax import sharding
+from aura_jax.audio import features
+from aura_jax.errors import UserError
+from aura_jax.infer.prompting import Inputs, Prompt, Request, lay_out, tokenise
+from aura_jax.models.llm import Cache
+from aura_jax.models.speech_llm import text_context
+from aura_jax.system import System
+
+# Where LoRA acts on the tokens of a request. "off": the model is the base LLM, bit by bit.
+OFF, EVERYWHERE, AT_AUDIO = "off", "everywhere", "at_audio"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is static in a compiled program: Readers of equal models share what is compiled."""
+
+    model: Any
+    mesh: jax.sharding.Mesh | None
+    lora: str
+    n_new: int
+    normalisation: str
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, method: str) -> Any:
+        return self.model.apply(self.visible(variables), *args, method=method)
+
+    def visible(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the collections that a pass may see: without `lora`, the model is the base LLM (or a merged one)."""
+        names = ("params",) if self.lora == OFF else ("params", "lora")
+        return {name: variables[name] for name in names if name in variables}
+
+
+class Reader:
+    """Reads requests with a speech LLM.
+
+    A spoken request uses the adapters as `lora.scope` says; one without audio runs without the `lora` collection under
+    the scopes "request" and "audio", and is then the base LLM's answer to the bit.
+
+    Attributes:
+      batch_size: most rows read together.
+      variables: `params` and `lora`; other trees replace them between calls without compiling anew (during training).
+    """
+
+    def __init__(
+        self,
+        system: System,
+        variables: Mapping[str, Any],
+        *,
+        batch_size: int | None = None,
+        adapters_on_text: bool | None = None,
+    ):
+        """
+        Args:
+          system: from `system.build`.
+          variables: `params` and `lora`; after a merge `params` alone.
+          batch_size: most rows read together; None: `eval.batch_size`.
+          adapters_on_text: adapters in requests without audio: True as after a merge, or in a text turn after a spoken
+            one; False for the base LLM; None: as `lora.scope` says.
+
+        Raises:
+          UserError: if adapters are asked for on text that scope "audio" never lets act there, or no row is read.
+        """
+        scope = system.model.config.lora.scope if system.model.config.lora else "request"
+        if adapters_on_text and scope == "audio":
+            raise UserError("lora.scope 'audio' acts at audio tokens only: text with adapters on does not exist")
+        on_text = scope == "all" if adapters_on_text is None else adapters_on_text
+        self.system = system
+        # The splash kernel reads queries by the hundred, and a step of decoding has one.
+        model: Any = system.model
+        self._model = model.clone(attention_impl="xla") if model.attention_impl == "splash" else model
+        self.variables = variables
+        self.batch_size = system.config.eval.batch_size if batch_size is None else batch_size
+        if self.batch_size < 1:
+            raise UserError(f"batch size {self.batch_size}: must be at least 1")
+        self._text_lora = EVERYWHERE if on_text else OFF
+        self._speech_lora = AT_AUDIO if scope == "audio" else EVERYWHERE
+        self._mesh = _mesh_of(variables)
+        self._row_multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
+
+    def prompt_logits(self, request: Request) -> np.ndarray:
+        """Returns the logits [T, V], float32, at every token of the request's prompt, audio tokens included.
+
+        They are what another implementation of the same model can be compared with.
+
+        Raises:
+          UserError: as `prompting.tokenise`.
+        """
+        prompt = tokenise(self.system, 0, request)
+        inputs = lay_out(self.system, [prompt], self._row_multiple)
+        logits_BxTxV, segment_BxT = _prompt_logits(self.variables, inputs, self._program(prompt, n_new=0))
+        return np.asarray(logits_BxTxV)[0, np.asarray(segment_BxT)[0] != 0]
+
+    def answer_states(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> jax.Array:
+        """Reads given answers after their requests; returns the normed hidden states that predict their tokens.
+
+        Args:
+          requests: all spoken, or all of text; one batch of at most `batch_size`.
+          answers: ids of each.
+
+        Returns:
+          [B, R, D] on the variables' mesh: row i has the states of answer i first, and anything after them. B and R are
+          rounded up from the number and the longest of the answers, by nothing else: they are the same for a spoken
+          and a written reading.
+
+        Raises:
+          UserError: as `prompting.tokenise`.
+        """
+        prompts = [
+            dataclasses.replace(tokenise(self.system, i, request), answer=answer)
+            for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
+        ]
+        inputs = lay_out(self.system, prompts, self._n_rows(len(prompts)))
+        return _answer_states(self.variables, inputs, self._program(prompts[0], n_new=0))
+
+    def _n_rows(self, n: int) -> int:
+        # Up to a power of two (then the mesh's multiple): the last batch of a set must not compile anew each time.
+        n_rows = min(1 << (n - 1).bit_length(), self.batch_size)
+        return -(-n_rows // self._row_multiple) * self._row_multiple
+
+    def _program(self, prompt: Prompt, n_new: int) -> Program:
+        """Returns the program of a prompt's kind: text and speech are different ones."""
+        lora = self._text_lora if prompt.waveform is None else self._speech_lora
+        return Program(self._model, self._mesh, lora, n_new, self.system.config.model.normalisation)
+
+
+def _mesh_of(variables: Any) -> jax.sharding.Mesh | None:
+    """Returns the mesh that the variables are spread over; None for a single device."""
+    for leaf in jax.tree.leaves(variables):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, jax.sharding.NamedSharding):
+            mesh = leaf.sharding.mesh
+            return mesh if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1 else None
+    return None
+
+
+def _rows_on_mesh(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    if mesh is None:
+        return tree
+    place = lambda x: jax.lax.with_sharding_constraint(x, sharding.batch_sharding(mesh))
+    return jax.tree.map(place, tree)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _prompt_logits(variables: Mapping[str, Any], inputs: Inputs, program: Program) -> tuple[jax.Array, jax.Array]:
+    """Reads the prompts; returns the logits [B, T, V] at all their columns, and the columns' segments [B, T]."""
+    h_BxTxD, _, segment_BxT = read(variables, inputs, program)
+    return program.apply(variables, h_BxTxD, method="logits"), segment_BxT
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _answer_states(variables: Mapping[str, Any], inputs: Inputs, program: Program) -> jax.Array:
+    """Reads prompts and answers; returns the hidden states [B, R, D] that predict the answers."""
+    h_BxTxD, *_ = read(variables, inputs, program)
+    return jnp.take_along_axis(h_BxTxD, inputs.target_position_BxR[..., None], axis=1)
+
+
+def read(variables: Mapping[str, Any], inputs: Inputs, program: Program) -> tuple[jax.Array, Cache, jax.Array]:
+    """Returns normed hidden states [B, T, D] of the prompts, the cache, T + n_new columns long, and the segments
+    [B, T]: 0 where there is no token, or an embedder that decides made none."""
+    inputs = _rows_on_mesh(inputs, program.mesh)
+    columns, c = inputs.columns, program.model.config
+    if inputs.waveform_BxN is None:
+        x_BxTxD = program.apply(variables, columns.tokens_BxT, method="embed_text")
+        ctx = text_context(columns.position_BxT, columns.segment_BxT)
+    else:
+        mel_BxFxM = features.log_mel(
+            inputs.waveform_BxN,
+            c.embedder.n_mels,
+            n_samples_B=inputs.n_samples_B,
+            normalisation=program.normalisation,
+        )
+        n_frames_B = features.n_frames(inputs.n_samples_B)
+        heard = program.apply(variables, columns, mel_BxFxM[:, None], n_frames_B[:, None], False, method="hear")
+        x_BxTxD, columns = heard.x_BxTxD, heard.columns
+        ctx = program.apply(variables, columns, method="context").replace(tap_position_BxQ=None)
+        if program.lora == EVERYWHERE:
+            ctx = ctx.replace(lora_mask_BxT=None)  # all tokens of a spoken request, so no select
+    n_rows, n_columns = columns.tokens_BxT.shape
+    k_segment_BxS = jnp.pad(columns.segment_BxT, ((0, 0), (0, program.n_new)))
+    ctx = dataclasses.replace(ctx, k_segment_BxS=k_segment_BxS, cache_start=jnp.int32(0))
+    cache = Cache.zeros(c.llm, n_rows, n_columns + program.n_new, program.model.dtype)
+    x_BxTxD, cache, _ = program.apply(variables, x_BxTxD, ctx, cache, method="adapted_blocks")
+    h_BxTxD, cache = program.apply(variables, x_BxTxD, ctx, cache, method="plain_blocks")
+    return h_BxTxD, cache, columns.segment_BxT
