@@ -96,6 +96,7 @@ def test_version(capsys):
         (["generate", "--workdir", "x", "--audio", "missing.wav"], "missing.wav"),
         (["generate", "--workdir", "x", "--prompt", "Hi", "--temperature", "-1"], "temperature -1.0: give 0"),
         (["generate", "--workdir", "x", "--prompt", "Hi", "--top-p", "0.9"], "temperature 0 draws nothing"),
+        (["generate", "--workdir", "x", "--prompt", "Hi", "--stop", ""], "stop '': an empty string"),
         (["assets", "fetch"], "name at least one"),
         (["assets", "fetch", "smollm2-135m-instrct"], "did you mean"),
         (["data", "validate", "missing.jsonl"], "missing.jsonl"),
@@ -142,6 +143,8 @@ def test_generate_from_text(tiny_workdir, capsys):
     argv = ["generate", "--workdir", str(tiny_workdir), "--prompt", "Hello", "--max-new-tokens", "3"]
     assert cli.main(argv) == 0
     greedy = capsys.readouterr().out
+    assert cli.main([*argv, "--stop", "never", "--stop", greedy[1]]) == 0
+    assert capsys.readouterr().out.strip() == greedy[: greedy.index(greedy[1])].strip()
     drawn = []
     for seed in ("1", "1", "2"):
         assert cli.main([*argv, "--temperature", "1.5", "--top-p", "0.99", "--seed", seed]) == 0

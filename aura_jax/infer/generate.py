@@ -1,5 +1,10 @@
 """Batched decoding with a KV cache: one compiled prefill from waveform to first token, one compiled decode loop.
 
+The loop runs up to a number of tokens that it is given. Where the host has to see the text before an answer's end, for
+stop strings, it runs in pieces, and the host reads what is there between two of them. The number is traced, so pieces
+and whole answers are the same compiled loop; a match of strings on the device would need the texts of a whole
+vocabulary there, and a callback inside the loop the host at every token.
+
 Dimensions: B rows, T prompt columns, G columns of the answer, S = T + G columns of the cache, N samples of a clip,
 V vocabulary.
 """
@@ -7,22 +12,28 @@ V vocabulary.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from aura_jax import sharding
 from aura_jax import system as system_lib
 from aura_jax.config import Config
 from aura_jax.errors import UserError
+from aura_jax.infer.answer_text import AnswerText, checked_stop
 from aura_jax.infer.prompting import Inputs, Prompt, Request, lay_out, tokenise
 from aura_jax.infer.reading import AT_AUDIO, OFF, Program, Reader, read
 from aura_jax.infer.sampling import GREEDY, Choice, Sampling, next_token
 from aura_jax.models.llm import Cache, Context
 from aura_jax.system import System
+
+# Tokens between two looks for stop strings: few, as a row goes on for as many in vain, and not one, as each look waits
+# for the device.
+_PIECE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +41,9 @@ class Reply:
     """An answer.
 
     Attributes:
-      text: what `tokens` say, without special tokens.
-      tokens: generated ids, without the one that ended the turn.
-      ended: the model ended its turn; False if `max_new_tokens` did.
+      text: what `tokens` say, without special tokens, up to a stop string.
+      tokens: generated ids, without the one that ended the turn; a stop string's are among them.
+      ended: the model ended its turn, or a stop string did; False if `max_new_tokens` did.
       seconds: wall time of the batch that the request was in.
     """
 
@@ -40,6 +51,23 @@ class Reply:
     tokens: tuple[int, ...]
     ended: bool
     seconds: float
+
+
+@struct.dataclass
+class _Answers:
+    """What the decode loop carries beside the cache.
+
+    Attributes:
+      n_done: scalar, tokens of each answer so far.
+      token_BxG: padded with a stop id after the first one.
+      finished_B: rows that need no more.
+      choice: of the next token.
+    """
+
+    n_done: jax.Array
+    token_BxG: jax.Array
+    finished_B: jax.Array
+    choice: Choice
 
 
 class Generator(Reader):
@@ -77,6 +105,7 @@ class Generator(Reader):
         requests: Sequence[Request],
         progress: Callable[[int], Any] | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
     ) -> list[Reply]:
         """Returns the answer to each request, in order.
 
@@ -85,10 +114,12 @@ class Generator(Reader):
           progress: called after each batch with the number of requests in it.
           sampling: how tokens are picked; the default is greedy. What is drawn for a request depends on the seed and
             its number alone.
+          stop: an answer ends where its text first holds one of these, and does not include it.
 
         Raises:
-          UserError: as `prompting.tokenise`.
+          UserError: as `prompting.tokenise`, or for an empty stop string.
         """
+        stop = checked_stop(stop)
         prompts = [tokenise(self.system, i, request) for i, request in enumerate(requests)]
         prompts.sort(key=lambda p: (p.n_bucket, len(p.prefix), len(p.suffix)))
         replies: list[Reply | None] = [None] * len(requests)
@@ -97,15 +128,23 @@ class Generator(Reader):
             # Text and speech are different programs.
             is_text = prompts[start].waveform is None
             batch = [p for p in prompts[start : start + self.batch_size] if (p.waveform is None) == is_text]
-            for prompt, reply in zip(batch, self._run(batch, sampling), strict=True):
+            for prompt, reply in zip(batch, self._run(batch, sampling, stop), strict=True):
                 replies[prompt.index] = reply
             start += len(batch)
             if progress is not None:
                 progress(len(batch))
         return [reply for reply in replies if reply is not None]
 
-    def _run(self, batch: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+    def _run(self, batch: Sequence[Prompt], sampling: Sampling, stop: Sequence[str]) -> list[Reply]:
         start = time.perf_counter()
+        *_, answers = self._decoded(batch, sampling, stop, _PIECE if stop else self._max_new)
+        seconds = time.perf_counter() - start
+        return [Reply(answer.text, tuple(answer.tokens), answer.ended, seconds) for answer in answers]
+
+    def _decoded(
+        self, batch: Sequence[Prompt], sampling: Sampling, stop: Sequence[str], every: int
+    ) -> Iterator[list[AnswerText]]:
+        """Yields the answers to a batch after `every` tokens, after twice as many, and so on to their ends."""
         n_rows, program = self._n_rows(len(batch)), self._program(batch[0], self._max_new)
         inputs = lay_out(self.system, batch, n_rows)
         columns, waveform_BxN = inputs.columns, inputs.waveform_BxN
@@ -116,18 +155,20 @@ class Generator(Reader):
         is_text_BxT = np.asarray((columns.segment_BxT != 0) & (columns.audio_source_BxT < 0))
         tokens_BxT, vocab = np.asarray(columns.tokens_BxT), self._model.config.llm.vocab
         choice = Choice.of(sampling, number_B, tokens_BxT, is_text_BxT, vocab)
-        cache, token_B, segment_BxT = _prefill(self.variables, inputs, program, choice)
-        stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
-        answer_BxG, _ = _decode(self.variables, cache, token_B, segment_BxT, stop_ids, program, choice)
-        answer_BxG = np.asarray(answer_BxG)
-        seconds = time.perf_counter() - start
-        return [self._reply(answer_G, seconds) for answer_G in answer_BxG[: len(batch)]]
-
-    def _reply(self, answer_G: np.ndarray, seconds: float) -> Reply:
-        stops = np.flatnonzero(np.isin(answer_G, list(self.system.chat.stop_ids)))
-        tokens = answer_G[: stops[0]] if len(stops) else answer_G
-        text = self.system.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
-        return Reply(text, tuple(tokens.tolist()), bool(len(stops)), seconds)
+        stop_ids = self.system.chat.stop_ids
+        answers = [AnswerText(self.system.tokenizer, stop_ids, stop) for _ in batch]
+        stop_ids, finished_B = np.asarray(stop_ids, np.int32), np.arange(n_rows) >= len(batch)
+        cache, state, segment_BxT = _prefill(self.variables, inputs, stop_ids, program, choice)
+        for n_until in [*range(every, self._max_new, every), self._max_new]:
+            cache, state = _decode(
+                self.variables, cache, state, segment_BxT, stop_ids, finished_B, np.int32(n_until), program
+            )
+            for answer, token_G in zip(answers, np.asarray(state.token_BxG), strict=False):
+                answer.read(token_G[:n_until].tolist(), is_whole=n_until == self._max_new)
+            yield answers
+            finished_B[: len(batch)] = [answer.ended for answer in answers]
+            if finished_B.all():
+                return
 
 
 def plain_generator(config: Config, max_new_tokens: int | None = None) -> Generator:
@@ -144,68 +185,79 @@ def plain_generator(config: Config, max_new_tokens: int | None = None) -> Genera
 
 @functools.partial(jax.jit, static_argnames="program")
 def _prefill(
-    variables: Mapping[str, Any], inputs: Inputs, program: Program, choice: Choice
-) -> tuple[Cache, jax.Array, jax.Array]:
-    """Reads the prompts; returns the cache, T + n_new columns long, the first token of each answer, and the segments
-    [B, T] of the columns that were read."""
+    variables: Mapping[str, Any], inputs: Inputs, stop_ids: jax.Array, program: Program, choice: Choice
+) -> tuple[Cache, _Answers, jax.Array]:
+    """Reads the prompts; returns the cache, T + n_new columns long, the answers with their first tokens, and the
+    segments [B, T] of the columns that were read."""
     h_BxTxD, cache, segment_BxT = read(variables, inputs, program)
     last_B = segment_BxT.shape[1] - 1 - jnp.argmax(segment_BxT[:, ::-1] != 0, axis=1)
     h_BxD = jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-    return cache, next_token(program.apply(variables, h_BxD, method="logits"), choice, 0), segment_BxT
+    token_B = next_token(program.apply(variables, h_BxD, method="logits"), choice, 0)
+    token_BxG = jnp.full((len(token_B), program.n_new), stop_ids[0]).at[:, 0].set(token_B)
+    state = _Answers(jnp.int32(1), token_BxG, jnp.isin(token_B, stop_ids), choice.after(token_B))
+    return cache, _for_all_hosts(state, program), segment_BxT
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _decode(
     variables: Mapping[str, Any],
     cache: Cache,
-    token_B: jax.Array,
+    state: _Answers,
     segment_BxT: jax.Array,
     stop_ids: jax.Array,
+    finished_B: jax.Array,
+    n_until: jax.Array,
     program: Program,
-    choice: Choice,
-) -> tuple[jax.Array, Cache]:
-    """Returns the answers [B, n_new], padded with a stop id after the first one, and the cache (it is donated).
+) -> tuple[Cache, _Answers]:
+    """Decodes until the answers have `n_until` tokens or are finished; returns the cache (it is donated) and the state.
 
     Args:
-      cache: of the prefill.
-      token_B: first token of each answer.
-      segment_BxT: of the prompt's columns; a row without any is empty.
+      cache, state: of the prefill, or of the piece before.
+      segment_BxT: of the prompt's columns.
       stop_ids: ids that end an answer.
-      choice: as the prefill had it.
+      finished_B: rows that the host knows to need no more: empty ones, and those that a stop string ended.
+      n_until: scalar, at most n_new.
     """
     if program.lora == AT_AUDIO:  # answer tokens are text, and see the base LLM's weights
         program = dataclasses.replace(program, lora=OFF)
-    n_new = program.n_new
     n_rows, first_column = segment_BxT.shape
     n_real_B = (segment_BxT != 0).sum(1)  # the position of the first answer token
-    segment_BxS = jnp.pad(segment_BxT, ((0, 0), (0, n_new)), constant_values=1)
-    ended = lambda token_B: jnp.isin(token_B, stop_ids)
+    segment_BxS = jnp.pad(segment_BxT, ((0, 0), (0, program.n_new)), constant_values=1)
 
-    def unfinished(state: tuple) -> jax.Array:
-        n_done, _, finished_B, *_ = state
-        return (n_done < n_new) & ~finished_B.all()
+    def unfinished(carry: tuple[Cache, _Answers]) -> jax.Array:
+        _, state = carry
+        return (state.n_done < n_until) & ~state.finished_B.all()
 
-    def one_token(state: tuple) -> tuple:
-        n_done, token_B, finished_B, answer_BxG, cache, choice = state
-        column = first_column + n_done - 1
+    def one_token(carry: tuple[Cache, _Answers]) -> tuple[Cache, _Answers]:
+        cache, state = carry
+        column = first_column + state.n_done - 1
         ctx = Context(
-            position_BxT=(n_real_B + n_done - 1)[:, None],
+            position_BxT=(n_real_B + state.n_done - 1)[:, None],
             k_end_BxT=jnp.broadcast_to(column + 1, (n_rows, 1)),
             q_segment_BxT=jnp.ones((n_rows, 1), jnp.int32),
             k_segment_BxS=segment_BxS,
             cache_start=column,
         )
-        x_Bx1xD = program.apply(variables, token_B[:, None], method="embed_text")
+        token_Bx1 = jax.lax.dynamic_slice_in_dim(state.token_BxG, state.n_done - 1, 1, axis=1)
+        x_Bx1xD = program.apply(variables, token_Bx1, method="embed_text")
         x_Bx1xD, cache, _ = program.apply(variables, x_Bx1xD, ctx, cache, method="adapted_blocks")
         h_Bx1xD, cache = program.apply(variables, x_Bx1xD, ctx, cache, method="plain_blocks")
         logits_BxV = program.apply(variables, h_Bx1xD[:, 0], method="logits")
-        token_B = jnp.where(finished_B, stop_ids[0], next_token(logits_BxV, choice, n_done))
-        answer_BxG = jax.lax.dynamic_update_slice(answer_BxG, token_B[:, None], (0, n_done))
-        return n_done + 1, token_B, finished_B | ended(token_B), answer_BxG, cache, choice.after(token_B)
+        token_B = jnp.where(state.finished_B, stop_ids[0], next_token(logits_BxV, state.choice, state.n_done))
+        return cache, _Answers(
+            n_done=state.n_done + 1,
+            token_BxG=jax.lax.dynamic_update_slice(state.token_BxG, token_B[:, None], (0, state.n_done)),
+            finished_B=state.finished_B | jnp.isin(token_B, stop_ids),
+            choice=state.choice.after(token_B),
+        )
 
-    answer_BxG = jnp.full((n_rows, n_new), stop_ids[0]).at[:, 0].set(token_B)
-    state = (jnp.int32(1), token_B, ended(token_B) | (n_real_B == 0), answer_BxG, cache, choice.after(token_B))
-    *_, answer_BxG, cache, _ = jax.lax.while_loop(unfinished, one_token, state)
-    if program.mesh is not None:  # every host reads all answers
-        answer_BxG = jax.lax.with_sharding_constraint(answer_BxG, sharding.replicated(program.mesh))
-    return answer_BxG, cache
+    state = dataclasses.replace(state, finished_B=state.finished_B | finished_B)
+    cache, state = jax.lax.while_loop(unfinished, one_token, (cache, state))
+    return cache, _for_all_hosts(state, program)
+
+
+def _for_all_hosts(state: _Answers, program: Program) -> _Answers:
+    """Every host reads all answers."""
+    if program.mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, sharding.replicated(program.mesh))

@@ -13,6 +13,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio", nargs="+", default=[], metavar="FILE", help="clips, each answered by itself")
     parser.add_argument("--prompt", metavar="TEXT", help="what to do with the audio, or a turn of text")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: eval.max_new_tokens)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT (may be repeated)"
+    )
     add_sampling(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of bare text")
     add_which(parser)
@@ -23,16 +26,17 @@ def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("nothing to answer: add --audio FILE, or --prompt TEXT, or both")
     from aura_jax import checkpoint
     from aura_jax.audio.io import load_audio
+    from aura_jax.infer.answer_text import checked_stop
     from aura_jax.infer.generate import Generator
     from aura_jax.infer.prompting import Request
 
-    sampling = sampling_of(args)
+    sampling, stop = sampling_of(args), checked_stop(args.stop)
     waveforms = [load_audio(file) for file in args.audio]
     system, variables = checkpoint.load_for_inference(args.workdir, args.which, overrides=overrides)
     generator = Generator(system, variables, max_new_tokens=args.max_new_tokens)
     requests = [Request(waveform, args.prompt) for waveform in waveforms] or [Request(prompt=args.prompt)]
     files = args.audio or [None]
-    for file, reply in zip(files, generator.generate(requests, sampling=sampling), strict=True):
+    for file, reply in zip(files, generator.generate(requests, sampling=sampling, stop=stop), strict=True):
         if args.json:
             values = {"audio": file, "prompt": args.prompt, "text": reply.text, "ended": reply.ended}
             print(json.dumps(values | {"n_tokens": len(reply.tokens), "seconds": reply.seconds}, ensure_ascii=False))

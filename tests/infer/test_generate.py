@@ -159,6 +159,40 @@ def test_an_answer_stops_at_a_stop_id(generator, monkeypatch):
         assert other.ended or len(other.tokens) == 8
 
 
+PROGRAMS = (generate._prefill, generate._decode)
+COMPILED = lambda: [program._cache_size() for program in PROGRAMS]
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> list[int]:
+    """How far the device was asked to go, call by call."""
+    calls, decode = [], generate._decode
+
+    def counted(*args):
+        calls.append(int(args[6]))
+        return decode(*args)
+
+    monkeypatch.setattr(generate, "_decode", counted)
+    return calls
+
+
+def test_stop_strings_end_answers_on_the_device_and_compile_nothing(generator, pieces, monkeypatch):
+    free = generator.generate(SPEECH)
+    assert pieces == [8]
+    compiled = COMPILED()
+    monkeypatch.setattr(generate, "_PIECE", 2)
+    stop = [reply.text[1:3] for reply in free]
+    for one, cut in zip(free, generator.generate(SPEECH, stop=stop), strict=True):
+        place = min(found for s in stop if (found := one.text.find(s)) >= 0)
+        assert cut.ended and cut.text == one.text[:place].strip()
+        assert cut.tokens == one.tokens[: len(cut.tokens)]
+    assert pieces[1:] == [2, 4, 6]  # and not 8
+    unchanged = generator.generate(SPEECH, stop=["nowhere"])
+    assert [(r.text, r.tokens, r.ended) for r in unchanged] == [(r.text, r.tokens, r.ended) for r in free]
+    assert pieces[4:] == [2, 4, 6, 8]
+    assert COMPILED() == compiled
+
+
 def test_new_variables_act_at_once(tiny_loaded, generator):
     first = generator.generate(SPEECH)
     params, lora = tiny_loaded[1]["params"], tiny_loaded[1]["lora"]
@@ -169,7 +203,7 @@ def test_new_variables_act_at_once(tiny_loaded, generator):
 
 def test_few_shapes(tiny_loaded, generator, monkeypatch):
     monkeypatch.setattr(
-        generator, "_run", lambda batch, _: [lay_out(generator.system, batch, 4).columns.tokens_BxT.shape] * len(batch)
+        generator, "_run", lambda batch, *_: [lay_out(generator.system, batch, 4).columns.tokens_BxT.shape] * len(batch)
     )
     requests = [Request(clip(0.3 + 0.04 * i, i)) for i in range(40)]
     assert len(set(generator.generate(requests))) == 2  # one a bucket
@@ -179,9 +213,9 @@ def test_the_cache_is_donated(tiny_loaded, generator):
     system, variables = tiny_loaded
     prompts = [tokenise(system, i, request) for i, request in enumerate(SPEECH)]
     inputs, program = lay_out(system, prompts, 4), generator._program(prompts[0], n_new=8)
-    cache, token, segment = generate._prefill(variables, inputs, program, Choice())
     stop_ids = np.array(system.chat.stop_ids, np.int32)
-    generate._decode(variables, cache, token, segment, stop_ids, program, Choice())
+    cache, state, segment = generate._prefill(variables, inputs, stop_ids, program, Choice())
+    generate._decode(variables, cache, state, segment, stop_ids, np.zeros(4, bool), np.int32(8), program)
     assert cache.k_LxBxSxGxK.is_deleted()
 
 
@@ -250,17 +284,19 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from aura_jax import checkpoint
+from aura_jax.infer import generate
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import Sampling
 
+generate._PIECE = 3
 assert len(jax.devices()) == 2
 system, variables = checkpoint.load_for_inference(Path(sys.argv[1]))
 requests = [Request(x) for x in np.load(sys.argv[2])]
 generator = Generator(system, variables, batch_size=3)
 drawn = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
 of = lambda *how: [reply.tokens for reply in generator.generate(requests, None, *how)]
-print(json.dumps([of(), of(drawn)]))
+print(json.dumps([of(), of(drawn), of(drawn, ["a"])]))
 assert {rows % 2 for _, rows, _, _ in generator.shapes} == {0}
 """
 
@@ -273,6 +309,7 @@ def test_a_mesh_of_two_devices_changes_nothing(tiny_workdir, tmp_path):
     drawn = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=3)
     requests, generator = [Request(x) for x in clips], Generator(system, variables)
     expected = [generator.generate(requests), generator.generate(requests, sampling=drawn)]
+    expected.append(generator.generate(requests, sampling=drawn, stop=["a"]))
     found = subprocess.run(
         [sys.executable, "-c", _ON_TWO_DEVICES, str(tiny_workdir), str(tmp_path / "clips.npy")],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
