@@ -139,12 +139,17 @@ def test_generate(tiny_workdir, clip, capsys):
 
 
 @pytest.mark.slow
-def test_generate_from_text(tiny_workdir, capsys):
+def test_generate_from_text(tiny_workdir, capsys, monkeypatch):
     argv = ["generate", "--workdir", str(tiny_workdir), "--prompt", "Hello", "--max-new-tokens", "3"]
     assert cli.main(argv) == 0
     greedy = capsys.readouterr().out
     assert cli.main([*argv, "--stop", "never", "--stop", greedy[1]]) == 0
     assert capsys.readouterr().out.strip() == greedy[: greedy.index(greedy[1])].strip()
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys.stdout, "isatty", lambda: True)
+        terminal.delattr("aura_jax.infer.generate.Generator.generate")  # it is streamed
+        assert cli.main(argv) == 0
+    assert capsys.readouterr().out == greedy
     drawn = []
     for seed in ("1", "1", "2"):
         assert cli.main([*argv, "--temperature", "1.5", "--top-p", "0.99", "--seed", seed]) == 0

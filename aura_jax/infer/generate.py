@@ -1,9 +1,9 @@
 """Batched decoding with a KV cache: one compiled prefill from waveform to first token, one compiled decode loop.
 
 The loop runs up to a number of tokens that it is given. Where the host has to see the text before an answer's end, for
-stop strings, it runs in pieces, and the host reads what is there between two of them. The number is traced, so pieces
-and whole answers are the same compiled loop; a match of strings on the device would need the texts of a whole
-vocabulary there, and a callback inside the loop the host at every token.
+stop strings and to stream, it runs in pieces, and the host reads what is there between two of them. The number is
+traced, so pieces and whole answers are the same compiled loop; a match of strings on the device would need the texts of
+a whole vocabulary there, and a callback inside the loop the host at every token.
 
 Dimensions: B rows, T prompt columns, G columns of the answer, S = T + G columns of the cache, N samples of a clip,
 V vocabulary.
@@ -134,6 +134,32 @@ class Generator(Reader):
             if progress is not None:
                 progress(len(batch))
         return [reply for reply in replies if reply is not None]
+
+    def stream(
+        self, request: Request, *, sampling: Sampling = GREEDY, stop: Sequence[str] = (), every: int = 1
+    ) -> Iterator[str]:
+        """Returns an iterator over pieces of a request's answer, each there as soon as it is certain.
+
+        Together they are the text of `generate`'s reply. What a later token may change waits for it: half a character,
+        white space that may be the last, the beginning of a stop string.
+
+        Args:
+          sampling, stop: as of `generate`.
+          every: tokens decoded at a time.
+
+        Raises:
+          UserError: as `generate`, or for `every` below 1.
+        """
+        if every < 1:
+            raise UserError(f"every {every}: at least 1 token at a time")
+        return self._stream(tokenise(self.system, 0, request), sampling, checked_stop(stop), every)
+
+    def _stream(self, prompt: Prompt, sampling: Sampling, stop: Sequence[str], every: int) -> Iterator[str]:
+        n_told = 0
+        for (answer,) in self._decoded([prompt], sampling, stop, every):
+            if len(answer.text) > n_told:
+                yield answer.text[n_told:]
+                n_told = len(answer.text)
 
     def _run(self, batch: Sequence[Prompt], sampling: Sampling, stop: Sequence[str]) -> list[Reply]:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from aura_jax.errors import UserError
@@ -35,6 +36,11 @@ def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     system, variables = checkpoint.load_for_inference(args.workdir, args.which, overrides=overrides)
     generator = Generator(system, variables, max_new_tokens=args.max_new_tokens)
     requests = [Request(waveform, args.prompt) for waveform in waveforms] or [Request(prompt=args.prompt)]
+    if len(requests) == 1 and not args.json and sys.stdout.isatty():
+        for piece in generator.stream(requests[0], sampling=sampling, stop=stop):
+            print(piece, end="", flush=True)
+        print()
+        return 0
     files = args.audio or [None]
     for file, reply in zip(files, generator.generate(requests, sampling=sampling, stop=stop), strict=True):
         if args.json:
@@ -49,7 +55,8 @@ VERBS = {
     "generate": Verb(
         "answer speech or text",
         "With --audio and no --prompt, does what the run was trained to do (transcribe); with --prompt alone, a\n"
-        "turn of text. Audio: WAV, FLAC, Ogg Vorbis, Opus or MP3.\n\n" + OVERRIDE_HELP,
+        "turn of text. Audio: WAV, FLAC, Ogg Vorbis, Opus or MP3. On a terminal, a single answer is shown while it is\n"
+        "decoded; those to several clips are decoded together, and shown when they are whole.\n\n" + OVERRIDE_HELP,
         _generate_arguments,
         _generate,
         takes_config=True,

@@ -193,6 +193,23 @@ def test_stop_strings_end_answers_on_the_device_and_compile_nothing(generator, p
     assert COMPILED() == compiled
 
 
+def test_a_stream_s_pieces_are_what_generate_says(generator, pieces):
+    whole = generator.generate(TEXT[:1])[0].text
+    del pieces[:]
+    compiled = COMPILED()
+    assert "".join(generator.stream(TEXT[0])) == whole
+    assert pieces == [1, 2, 3, 4, 5, 6, 7, 8]
+    streamed = list(generator.stream(TEXT[0], every=3))
+    assert "".join(streamed) == whole and len(streamed) == 3 and pieces[8:] == [3, 6, 8]
+    stop = [whole[3:5]]
+    assert "".join(generator.stream(TEXT[0], stop=stop)) == generator.generate(TEXT[:1], stop=stop)[0].text
+    drawn = Sampling(temperature=1.0)
+    assert "".join(generator.stream(TEXT[0], sampling=drawn)) == generator.generate(TEXT[:1], sampling=drawn)[0].text
+    assert COMPILED() == [n + 1 for n in compiled]  # drawing is another program than the likeliest
+    with pytest.raises(UserError, match="every 0: at least 1 token at a time"):
+        generator.stream(TEXT[0], every=0)
+
+
 def test_new_variables_act_at_once(tiny_loaded, generator):
     first = generator.generate(SPEECH)
     params, lora = tiny_loaded[1]["params"], tiny_loaded[1]["lora"]
