@@ -1,13 +1,16 @@
-"""Whisper's own decoder, batched and greedy, on the 30 s window that it was trained with.
+"""Whisper's own decoder, batched and greedy, on the 30 s window that it was trained with or on shorter ones.
 
-Token for token what transformers' `generate` writes without timestamps. A shorter window would be faster, but Whisper
-then repeats itself: on short commands its error rate goes from 2.5% to over 100%.
+On the full window, token for token what transformers' `generate` writes without timestamps. A shorter one is faster,
+but with too little silence after the words Whisper repeats itself: on short commands its error rate goes from 2.5% to
+over 100%. `evaluate.padding` finds how much it needs.
 
 Dimensions: B rows, N samples of the window, P prompt tokens, S cached tokens, V vocabulary.
 """
 
+import copy
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ from aura_jax.infer.generate import Reply
 from aura_jax.infer.prompting import Request
 from aura_jax.models.whisper import DecoderCache, WhisperDecoder, WhisperEncoder
 from aura_jax.system import load_tokenizer
+
+_LEAST_POSITIONS = 2  # 40 ms: the spectrum's frames are 25 ms wide
 
 
 @struct.dataclass
@@ -49,7 +54,7 @@ class Transcriber:
 
     Attributes:
       batch_size: most clips decoded together.
-      window_seconds: the longest clip.
+      window_seconds: of the longest window: the longest clip.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class Transcriber:
         max_new_tokens: int | None = None,
         language: str | None = None,
         dtype: Any = jnp.float32,
+        window_seconds: float | Sequence[float] | None = None,
+        padding_seconds: float = 0.0,
     ):
         """
         Args:
@@ -68,9 +75,11 @@ class Transcriber:
           max_new_tokens: of a transcript; None: all that the decoder can hold.
           language: of the speech, such as "en", for a multilingual model; None: detected for each clip.
           dtype: of weights and computation.
+          window_seconds, padding_seconds: as of `with_windows`.
 
         Raises:
-          UserError: if the directory holds no complete Whisper, or the language is not one of the model's.
+          UserError: if the directory holds no complete Whisper, the language is not one of the model's, or a window is
+            none of its.
         """
         directory = Path(directory)
         config = hf.load_whisper_config(directory)
@@ -90,8 +99,41 @@ class Transcriber:
             )
         self._n_new = max_new_tokens or most
         self.batch_size = batch_size
-        self._n_samples = features.encoder_samples(config.n_positions)
-        self.window_seconds = self._n_samples / features.SAMPLE_RATE
+        self._set_windows(window_seconds, padding_seconds)
+
+    def with_windows(
+        self, window_seconds: float | Sequence[float] | None, padding_seconds: float = 0.0
+    ) -> "Transcriber":
+        """Returns a transcriber of the same weights that hears clips in other windows.
+
+        Args:
+          window_seconds: what clips are padded to with silence, and the encoder's positions cut to, rounded up to
+            20 ms; each is a compilation. Of several, a clip is heard in the shortest that holds it and its padding, or
+            in the longest if none does. None: the window of the model, 30 s.
+          padding_seconds: the least silence after a clip.
+
+        Raises:
+          UserError: for no window, one that is longer than the model's or too short for a spectrum, or padding below 0.
+        """
+        other = copy.copy(self)
+        other._set_windows(window_seconds, padding_seconds)
+        return other
+
+    def _set_windows(self, window_seconds: float | Sequence[float] | None, padding_seconds: float) -> None:
+        n_most = self._encoder.config.n_positions
+        least, most = _LEAST_POSITIONS / features.ENCODER_RATE, n_most / features.ENCODER_RATE
+        if window_seconds is None:
+            seconds = [most]
+        else:
+            seconds = [window_seconds] if isinstance(window_seconds, (int, float)) else list(window_seconds)
+        if not seconds or not all(least <= s <= most for s in seconds):
+            raise UserError(f"window_seconds {window_seconds}: give one or more, each from {least:g} to {most:g}")
+        if not 0 <= padding_seconds < math.inf:
+            raise UserError(f"padding_seconds {padding_seconds}: give 0 or more")
+        n_positions = sorted({features.n_encoder_frames(round(s * features.SAMPLE_RATE)) for s in seconds})
+        self._windows = [features.encoder_samples(n) for n in n_positions]
+        self._n_padding = round(padding_seconds * features.SAMPLE_RATE)
+        self.window_seconds = self._windows[-1] / features.SAMPLE_RATE
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> list[Reply]:
         """Returns the transcript of each clip, in order.
@@ -103,40 +145,53 @@ class Transcriber:
         Raises:
           UserError: for a request with text, without audio, or with a clip longer than the window.
         """
-        replies = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
-            replies += self._run(batch)
+        clips = [self._clip(request) for request in requests]
+        # A window belongs to its clip, not to the batch: a transcript does not depend on the other clips.
+        windows = [self._window(clip) for clip in clips]
+        order = sorted(range(len(clips)), key=lambda i: windows[i])
+        replies: list[Reply | None] = [None] * len(clips)
+        start = 0
+        while start < len(order):
+            n_samples = windows[order[start]]
+            batch = [i for i in order[start : start + self.batch_size] if windows[i] == n_samples]
+            for i, reply in zip(batch, self._run([clips[i] for i in batch], n_samples), strict=True):
+                replies[i] = reply
+            start += len(batch)
             if progress is not None:
                 progress(len(batch))
-        return replies
+        return [reply for reply in replies if reply is not None]
 
-    def _run(self, batch: Sequence[Request]) -> list[Reply]:
+    def _clip(self, request: Request) -> np.ndarray:
+        waveform = request.waveform
+        if waveform is None or request.prompt or request.history or request.transcript is not None:
+            raise UserError("Whisper transcribes: give it audio, and neither prompt, history nor transcript")
+        if len(waveform) > self._windows[-1]:
+            seconds = len(waveform) / features.SAMPLE_RATE
+            raise UserError(f"a clip of {seconds:.1f} s is longer than Whisper's {self.window_seconds:g} s: split it")
+        return waveform
+
+    def _window(self, clip: np.ndarray) -> int:
+        """Returns the samples of the window that a clip is heard in."""
+        return next((n for n in self._windows if n >= len(clip) + self._n_padding), self._windows[-1])
+
+    def _run(self, clips: Sequence[np.ndarray], n_samples: int) -> list[Reply]:
         start = time.perf_counter()
-        n_rows = min(1 << (len(batch) - 1).bit_length(), self.batch_size)
-        waveform_BxN = np.zeros((n_rows, self._n_samples), np.float32)
-        for row_N, request in zip(waveform_BxN, batch, strict=False):
-            waveform = request.waveform
-            if waveform is None or request.prompt or request.history or request.transcript is not None:
-                raise UserError("Whisper transcribes: give it audio, and neither prompt, history nor transcript")
-            if len(waveform) > self._n_samples:
-                seconds = len(waveform) / features.SAMPLE_RATE
-                raise UserError(
-                    f"a clip of {seconds:.1f} s is longer than Whisper's {self.window_seconds:g} s: split it"
-                )
-            row_N[: len(waveform)] = waveform
+        n_rows = min(1 << (len(clips) - 1).bit_length(), self.batch_size)
+        waveform_BxN = np.zeros((n_rows, n_samples), np.float32)
+        for row_N, clip in zip(waveform_BxN, clips, strict=False):
+            row_N[: len(clip)] = clip
         answer_BxS = _transcribe(
             self._params,
             self._tokens,
             waveform_BxN,
-            np.int32(len(batch)),
+            np.int32(len(clips)),
             encoder=self._encoder,
             decoder=self._decoder,
             n_new=self._n_new,
         )
         answer_BxS = np.asarray(answer_BxS)
         seconds = time.perf_counter() - start
-        return [self._reply(answer_S, seconds) for answer_S in answer_BxS[: len(batch)]]
+        return [self._reply(answer_S, seconds) for answer_S in answer_BxS[: len(clips)]]
 
     def _reply(self, answer_S: np.ndarray, seconds: float) -> Reply:
         ends = np.flatnonzero(answer_S == int(self._tokens.end))

