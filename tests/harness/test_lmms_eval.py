@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from aura_jax.errors import UserError
-from aura_jax.infer.generate import Generator, Reply, Request
+from aura_jax.infer.generate import Generator, Reply
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import GREEDY, Sampling
 
 CLIPS = [np.random.default_rng(i).standard_normal(n) * 0.1 for i, n in enumerate((9000, 15000, 9000))]

@@ -10,7 +10,8 @@ from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
 from aura_jax.harness import respondent
 from aura_jax.harness.respondent import Respondent, clip
-from aura_jax.infer.generate import Generator, Reply, Request, plain_generator
+from aura_jax.infer.generate import Generator, Reply, plain_generator
+from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import Sampling
 
 

@@ -8,7 +8,8 @@ import pytest
 from aura_jax.errors import UserError
 from aura_jax.harness import voicebench
 from aura_jax.harness.voicebench import AuraAssistant
-from aura_jax.infer.generate import Generator, Request
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.prompting import Request
 
 # Of `VoiceAssistant` in src/models/base.py: what follows `self`, with its default.
 PUBLISHED = {
