@@ -76,8 +76,8 @@ def score_run(
     with jax.set_mesh(checkpoint.system_mesh(c)):
         generator = Generator(built, variables)
         of_sets, transcripts = evaluate_rows(generator, rows, classifier, kept)
-        sweep = functools.partial(_sweep, generator, classifier, c.eval.noise.snr_db, kept)
-        in_noise = {name: {kind: sweep(one, [name, kind]) for kind, one in of.items()} for name, of in noise.items()}
+        at = functools.partial(sweep, generator, classifier, c.eval.noise.snr_db, kept)
+        in_noise = {name: {kind: at(one, [name, kind]) for kind, one in of.items()} for name, of in noise.items()}
         likelihoods = {
             name: kept.part(
                 ["likelihood", name],
@@ -109,7 +109,7 @@ def score_run(
     return scores, transcripts
 
 
-def _sweep(
+def sweep(
     answers: Answers,
     classifier: IntentClassifier | None,
     ratios_db: Sequence[float],
@@ -117,7 +117,11 @@ def _sweep(
     noise: Noise,
     name: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns {dB: scores} of a set in one kind of noise."""
+    """Returns {dB, such as "20": scores} of a set in one kind of noise.
+
+    Args:
+      name: of the set, and of the kind of noise.
+    """
     scores = {}
     for snr_db in ratios_db:
         of = [*name, f"{snr_db:g} dB"]

@@ -95,10 +95,14 @@ class AuraJax(lmms):
                 for part in (places[start : start + size] for start in range(0, len(places), size)):
                     asked = [self._request(requests[place], place) for place in part]
                     replies = self._respondent.generate(
-                        asked, decoding.max_new_tokens, sampling=decoding.sampling, progress=bar.update
+                        asked,
+                        decoding.max_new_tokens,
+                        sampling=decoding.sampling,
+                        stop=decoding.until,
+                        progress=bar.update,
                     )
                     for place, reply in zip(part, replies, strict=True):
-                        answers[place] = up_to(reply.text, decoding.until)
+                        answers[place] = reply.text
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
@@ -176,6 +180,7 @@ def decoding_of(settings: Mapping[str, Any], max_new_tokens: int) -> Decoding:
     until = (until,) if isinstance(until, str) else tuple(until)
     if not all(isinstance(stop, str) for stop in until):
         raise UserError(f"until {until!r}: give strings")
+    until = tuple(stop for stop in until if stop)  # tasks write "" where nothing is meant
     n_new = given.get("max_new_tokens", max_new_tokens)
     if not isinstance(n_new, int) or n_new < 1:
         raise UserError(f"max_new_tokens {n_new}: give a whole number from 1 on")
@@ -188,11 +193,6 @@ def decoding_of(settings: Mapping[str, Any], max_new_tokens: int) -> Decoding:
         seed=given.get("seed", 0) if temperature else 0,
     )
     return Decoding(n_new, sampling, until)
-
-
-def up_to(text: str, until: Sequence[str]) -> str:
-    """Returns the text before the first of the stop strings; empty ones stop nothing."""
-    return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
 
 
 def _answer(instance: Any, documents: Mapping[str, Any]) -> str:

@@ -92,27 +92,28 @@ class Respondent:
         max_new_tokens: int,
         *,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
         progress: Callable[[int], Any] | None = None,
     ) -> list[Reply]:
         """Returns the answer to each request, in order. A cascade's LLM answers those without audio as they are.
 
         Args:
           requests: spoken and written ones.
-          sampling, progress: as `Generator.generate`.
+          sampling, stop, progress: as `Generator.generate`.
 
         Raises:
           UserError: as `Generator.generate` and `Cascade.generate`.
         """
         generator = self.generator(max_new_tokens)
         if self._transcriber is None:
-            return generator.generate(requests, progress, sampling)
+            return generator.generate(requests, progress, sampling, stop)
         numbered = [
             request if request.number is not None else dataclasses.replace(request, number=i)
             for i, request in enumerate(requests)
         ]
         replies: dict[int, Reply] = {}
         for places, answers in zip(_by_kind(numbered), (Cascade(self._transcriber, generator), generator), strict=True):
-            found = answers.generate([numbered[i] for i in places], progress, sampling)
+            found = answers.generate([numbered[i] for i in places], progress, sampling, stop)
             replies.update(zip(places, found, strict=True))
         return [replies[i] for i in range(len(requests))]
 

@@ -32,6 +32,7 @@ class Cascade:
         requests: Sequence[Request],
         progress: Callable[[int], Any] | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
     ) -> list[Reply]:
         """Returns the answer to each spoken request, in order; the transcript where that is what is wanted.
 
@@ -39,6 +40,7 @@ class Cascade:
           requests: with audio.
           progress: called after each batch with the number of requests in it.
           sampling: how the LLM picks its tokens; Whisper's are always the likeliest.
+          stop: of the LLM's answer, as of `Generator.generate`.
 
         Raises:
           UserError: as `Transcriber.generate` and `Generator.generate`.
@@ -49,7 +51,7 @@ class Cascade:
             dataclasses.replace(requests[i], waveform=None, transcript=heard[i].text, number=_number(requests[i], i))
             for i in answered
         ]
-        for i, reply in zip(answered, self._generator.generate(written, sampling=sampling), strict=True):
+        for i, reply in zip(answered, self._generator.generate(written, sampling=sampling, stop=stop), strict=True):
             heard[i] = dataclasses.replace(reply, seconds=heard[i].seconds + reply.seconds)
         return heard
 

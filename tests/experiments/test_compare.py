@@ -102,7 +102,7 @@ def test_a_result_is_not_made_again_and_one_of_another_config_is_refused(planned
     values = one.values("a command") | result("aura", 0, 0.5)
     one.output.write_text(json.dumps(values))
     monkeypatch.setattr(run, "_run", lambda command: pytest.fail("it is done"))
-    monkeypatch.setattr(timing, "measure", lambda systems, command: TIMING)
+    monkeypatch.setattr(timing, "measure", lambda systems, command, paddings: TIMING)
     again = lambda *overrides: run.main(["aura"], [0], tmp_path, tmp_path / "results", "configs/smoke.py", overrides)
     assert again() == 0
     assert "50.0" in capsys.readouterr().out
@@ -121,15 +121,17 @@ def test_the_exit_code_of_a_job_ends_it(planned, tmp_path, monkeypatch):
 
 def test_times_are_taken_anew_where_the_systems_are_others(planned, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(timing, "measure", lambda systems, command: taken.append(list(systems)) or measured(systems))
+    monkeypatch.setattr(
+        timing, "measure", lambda systems, command, paddings: taken.append(list(systems)) or measured(systems)
+    )
     measured = lambda systems: {"systems": {n: {"config": json.loads(config.to_json(c))} for n, c in systems.items()}}
     file = tmp_path / "timing.json"
     for names in (["aura", "bridge"], ["aura", "bridge"], ["bridge", "aura"], ["bridge", "aura", "oracle"]):
-        run._timed(planned(*names), file, "a command")
+        run._timed(planned(*names), file, "a command", {})
     assert taken == [["aura", "bridge"], ["bridge", "aura"]]  # the first is what the others are compared with
     file.write_text("{}")
     with pytest.raises(UserError, match=r"timing.json: no times of a comparison: delete it"):
-        run._timed(planned("aura"), file, "a command")
+        run._timed(planned("aura"), file, "a command", {})
 
 
 def test_equal_time_gives_each_the_steps_that_the_first_has_time_for(planned):
@@ -196,7 +198,9 @@ def test_the_page_writes_numbers_from_the_summary(tmp_path):
     one["curves"] = {"metrics": None, "validation": {"step": [20, 40], "wer": [1.0, 0.5]}}
     timed = {**TIMING, "systems": TIMING["systems"] | {"cascade": times(0.3, 0, "none")}}
     del timed["systems"]["cascade"]["schedule_seconds"], timed["systems"]["cascade"]["steps"]
-    found = summary.summarise([one, result("cascade", 0, 0.05)], timed)
+    rate = lambda value: {"value": value, "low": 0.0, "high": 1.0, "n": 9}
+    padding = {"seconds": 10.0, "windows": [12.0], "wer": {"full": rate(0.04), "0": rate(4.321), "10": rate(0.045)}}
+    found = summary.summarise([one, result("cascade", 0, 0.05, padding=padding)], timed)
     html = page.write(found, tmp_path).read_text()
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
         *("quality", "first-token", "learning", "noise", "alignment", "forgetting")
@@ -204,6 +208,7 @@ def test_the_page_writes_numbers_from_the_summary(tmp_path):
     shown = dict(re.findall(r'<data value="([^"]+)" data-key="([^"]+)"', html))
     of = json.loads((tmp_path / "summary.json").read_text())
     assert shown["0.123"] == "systems.aura.sets.new.wer.mean" and of["systems"]["aura"]["sets"]["new"]["wer"]["mean"]
+    assert shown["4.321"] == "systems.cascade.padding.wer.0.value" and "s of silence: the least" in html
     assert "a command of seed 0" in html and "a command that times" in html
     # Nothing but scores: the sections of what was not measured are left out.
     bare = page.render(summary.summarise([result("oracle", 0, 0.5)], {**TIMING, "systems": {}}))

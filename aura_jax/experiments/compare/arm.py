@@ -37,12 +37,20 @@ from aura_jax.train.prepare import prepare
 class Arm:
     """Answers, and steps, of one system."""
 
-    def load(self, system: str, config: Mapping[str, Any], lengths: Sequence[float], folder: str) -> dict[str, Any]:
+    def load(
+        self,
+        system: str,
+        config: Mapping[str, Any],
+        lengths: Sequence[float],
+        folder: str,
+        padding: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
         """Builds what answers, and reads the speech.
 
         Args:
           lengths: of the clips to answer, in seconds.
           folder: an empty one, for what a run keeps in its workdir.
+          padding: of a cascade: the "seconds" of silence after a clip, and the "windows" to choose from; None: 30 s.
 
         Returns:
           {"adapters": the ways in which its adapters can lie: "separate" and "merged"; ["none"] without any}.
@@ -54,10 +62,10 @@ class Arm:
         with answering.ignore_type():
             answering.data.buckets = tuple(lengths)
         if system in UNTRAINED:
-            whisper = assets.resolve(whisper_of(c))
-            self._answers: dict[str, Answers] = {
-                "none": Cascade(Transcriber(whisper, batch_size=1), plain_generator(answering, 1))
-            }
+            whisper = Transcriber(assets.resolve(whisper_of(c)), batch_size=1)
+            if padding is not None:
+                whisper = whisper.with_windows(padding["windows"], padding["seconds"] or 0.0)
+            self._answers: dict[str, Answers] = {"none": Cascade(whisper, plain_generator(answering, 1))}
         else:
             self._build(c, answering, Path(folder))
         return {"adapters": list(self._answers)}

@@ -6,6 +6,7 @@ reads what `run.py` wrote, and writes the result where that says. A process of i
 own, and nothing is compiled that another one had compiled.
 """
 
+import functools
 import json
 import sys
 import time
@@ -17,21 +18,27 @@ import jax
 from aura_jax import assets, machine
 from aura_jax import config as config_lib
 from aura_jax.config import Config
+from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import USER_MISTAKE, UserError
 from aura_jax.evaluate import suite
-from aura_jax.evaluate.run import Answers, evaluate_sets
+from aura_jax.evaluate.noise import noises
+from aura_jax.evaluate.padding import Padding, find_padding
+from aura_jax.evaluate.run import Answers, evaluate_rows, training_classifier
 from aura_jax.experiments.compare.plan import UNTRAINED
 from aura_jax.infer.cascade import Cascade, Oracle, whisper_of
 from aura_jax.infer.generate import plain_generator
 from aura_jax.infer.transcriber import Transcriber
 from aura_jax.report import collect
 from aura_jax.train import loop
+from aura_jax.train.inputs import split_held_out
+
+_ROWS = 60  # that choose a cascade's window
 
 
 def measure(name: str, config: Config, workdir: Path) -> dict[str, Any] | None:
     """Returns what is known of a system; None if a signal cut its training short, and the same call goes on."""
     if name in UNTRAINED:
-        return _measure_untrained(name, config)
+        return _measure_untrained(name, config, workdir)
     if loop.train(config, workdir).interrupted:
         return None
     scores, _ = suite.score_run(workdir)
@@ -44,17 +51,41 @@ def measure(name: str, config: Config, workdir: Path) -> dict[str, Any] | None:
     }
 
 
-def _measure_untrained(name: str, config: Config) -> dict[str, Any]:
+def _measure_untrained(name: str, config: Config, workdir: Path) -> dict[str, Any]:
     start = time.perf_counter()
     plain = plain_generator(config)
+    out: dict[str, Any] = {}
     answers: Answers
     if name == "oracle":
         answers = Oracle(plain)
     else:
-        answers = Cascade(Transcriber(assets.resolve(whisper_of(config)), batch_size=config.eval.batch_size), plain)
-    scores, _ = evaluate_sets(answers, dict(config.eval.sets), config)
-    seconds = {"train": 0.0, "evaluate": time.perf_counter() - start}
-    return {"scores": {"sets": scores, "seconds": seconds, "eval": suite.settings(config)}}
+        whisper = Transcriber(assets.resolve(whisper_of(config)), batch_size=config.eval.batch_size)
+        if found := _padding(whisper, config):
+            whisper = whisper.with_windows(found.windows, found.seconds or 0.0)
+            wer = {"full" if seconds is None else f"{seconds:g}": of for seconds, of in found.wer.items()}
+            out["padding"] = {"seconds": found.seconds, "windows": found.windows, "wer": wer}
+        answers = Cascade(whisper, plain)
+    rows = {of: load_manifest(path) for of, path in config.eval.sets.items()}
+    kept = suite.kept_of(workdir, config, name, out)
+    classifier = training_classifier(rows, config)
+    out["scores"] = {"sets": evaluate_rows(answers, rows, classifier, kept)[0], "eval": suite.settings(config)}
+    if name != "oracle":  # which does not listen
+        levels = functools.partial(suite.sweep, answers, classifier, config.eval.noise.snr_db, kept)
+        in_noise = {
+            of: {kind: levels(noise, [of, kind]) for kind, noise in kinds.items()}
+            for of, kinds in noises(config, rows).items()
+        }
+        out["scores"] |= {"noise": in_noise} if in_noise else {}
+    out["scores"]["seconds"] = {"train": 0.0, "evaluate": kept.seconds + time.perf_counter() - start}
+    kept.finish()
+    return out
+
+
+def _padding(whisper: Transcriber, config: Config) -> Padding | None:
+    """Returns how much silence this Whisper needs on voices that training holds out; None if it holds none out."""
+    rows = [row for manifest, _ in config.data.train for row in split_held_out(load_manifest(manifest), config.data)[1]]
+    rows = [row for row in rows if row.audio is not None and row.text]
+    return find_padding(whisper, rows[:: max(1, len(rows) // _ROWS)][:_ROWS]) if rows else None
 
 
 def main(argv: list[str]) -> int:

@@ -40,7 +40,9 @@ def main(
     command = f"aura-jax {shlex.join(sys.argv[1:])}"
     if code := _run_missing(jobs, command):
         return code
-    times = _timed(jobs, results / _TIMING, command)
+    found = [json.loads(job.output.read_text()) for job in jobs]
+    paddings = {result["system"]: result["padding"] for result in found if "padding" in result}
+    times = _timed(jobs, results / _TIMING, command, paddings)
     if equal_time:
         more = plan.equal_time(jobs, times)
         if code := _run_missing(more, command):
@@ -76,7 +78,9 @@ def _is_done(job: Job) -> bool:
     return True
 
 
-def _timed(jobs: Sequence[Job], file: Path, command: str) -> Mapping[str, Any]:
+def _timed(
+    jobs: Sequence[Job], file: Path, command: str, paddings: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
     """Returns the times of the systems; measured anew if those that are there are not of these systems."""
     systems = {}
     for job in jobs:
@@ -90,7 +94,7 @@ def _timed(jobs: Sequence[Job], file: Path, command: str) -> Mapping[str, Any]:
     # The order matters: the first is what the others are compared with.
     if list(have.items()) == list(wanted.items()):
         return found
-    found = timing.measure(systems, command)
+    found = timing.measure(systems, command, paddings)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=1) + "\n")
     partial.replace(file)

@@ -45,7 +45,7 @@ def _system(results: Sequence[Result]) -> dict[str, Any]:
     Returns:
       {"seeds", "steps", and whatever was measured of "sets", "noise", "likelihood", "text" (each number as `_over`),
       "parameters": {"trained", "kept"}, "curves": [{"seed", "step", "wer"}], "similarity": of the first seed that
-      has one, "window_seconds": of a cascade, and "windows": the error rate of each}.
+      has one, "padding": of a cascade, the silence that its Whisper needs}.
     """
     first = results[0]
     out: dict[str, Any] = {"seeds": [result["seed"] for result in results], "steps": _n_steps(first)}
@@ -56,6 +56,8 @@ def _system(results: Sequence[Result]) -> dict[str, Any]:
     if parts := first.get("parameters"):
         kept = sum(part["trained"] + part["frozen"] for part in parts if part["kept"])
         out["parameters"] = {"trained": sum(part["trained"] for part in parts), "kept": kept}
+    if "padding" in first:
+        out["padding"] = first["padding"]
     out["similarity"] = next((result["similarity"] for result in results if result.get("similarity")), None)
     return out
 

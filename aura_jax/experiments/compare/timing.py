@@ -26,11 +26,17 @@ UNTIMED = ("oracle",)  # reads
 _ANSWERS, _STEPS, _BATCHES = 7, 5, 4  # rounds; batches of a stage, the same rows for all
 
 
-def measure(systems: Mapping[str, Config], command: str, lengths: Sequence[float] = LENGTHS) -> dict[str, Any]:
+def measure(
+    systems: Mapping[str, Config],
+    command: str,
+    paddings: Mapping[str, Mapping[str, Any]],
+    lengths: Sequence[float] = LENGTHS,
+) -> dict[str, Any]:
     """Returns times of the first token and of a train step of each system, and what they need of memory.
 
     Args:
       systems: their configs by name, `plan.UNTRAINED` among them; the first is what the others are compared with.
+      paddings: of cascades: how much silence their Whisper needs, as `Arm.load` takes it.
       lengths: of the clips, in seconds.
 
     Returns:
@@ -45,7 +51,7 @@ def measure(systems: Mapping[str, Config], command: str, lengths: Sequence[float
         about = {}
         for name in tqdm(names, desc="loading"):
             Path(folder, name).mkdir()
-            values = {"system": name, "config": out[name]["config"], "lengths": lengths}
+            values = {"system": name, "config": out[name]["config"], "lengths": lengths, "padding": paddings.get(name)}
             about[name] = workers[name].ask("load", **values, folder=str(Path(folder, name)))
             workers[name].ask("watch")
         first_tokens = _first_tokens(workers, about, lengths)
