@@ -33,14 +33,19 @@ _READERS = 4  # threads
 
 
 def comparable(rows: Sequence[Row], name: str) -> list[Row]:
-    """Returns the rows that can be both heard and read: those with audio and its transcript.
+    """Returns the rows that can be both heard and read, and have one answer: those with audio and its transcript.
+
+    The transcript of a question with `answers` and no `response` is not its answer.
 
     Raises:
       UserError: there is none in the set `name`.
     """
-    found = [row for row in rows if row.audio is not None and row.text]
+    of_text = lambda row: row.response is not None or "answers" not in row.extra
+    found = [row for row in rows if row.audio is not None and row.text and of_text(row)]
     if not found:
-        raise UserError(f"eval.likelihood: no row of the set {name!r} has both 'audio' and 'text': leave it out")
+        raise UserError(
+            f"eval.likelihood: no row of the set {name!r} has both 'audio' and 'text', and one answer: leave it out"
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from aura_jax.data.manifest import Row, clip_samples, load_manifest
 from aura_jax.errors import UserError, nearest
 from aura_jax.evaluate.choices import Choices, read_choices, score_choices
 from aura_jax.evaluate.kept import Kept, identity
-from aura_jax.evaluate.score import IntentClassifier, bleu, score
+from aura_jax.evaluate.score import Accepted, IntentClassifier, bleu, read_accepted, score, score_answered
 from aura_jax.infer.generate import Reply
 from aura_jax.infer.prompting import Request
 
@@ -42,7 +42,7 @@ class Answers(Protocol):
 class Output:
     """One utterance: its row's id, what was to be said, and what the system said.
 
-    The reference of multiple choice is the right choice, such as "B. Paris".
+    The reference of multiple choice is the right choice, such as "B. Paris"; that of a question the first of `answers`.
     """
 
     id: str
@@ -55,8 +55,8 @@ class Result:
     """A set's evaluation.
 
     Attributes:
-      scores: "n", and those of `score.score`, of `score.bleu` ("bleu") and of `choices.score_choices`, each over the
-        rows that are scored so (`how_scored`), if there are any.
+      scores: "n", and those of `score.score`, of `score.bleu` ("bleu"), of `choices.score_choices` and of
+        `score.score_answered`, each over the rows that are scored so (`how_scored`), if there are any.
       outputs: in the order of the rows.
       unreadable: what is wrong with each clip that was left out.
       audio_seconds, seconds: of the clips, and of wall time for decoding them, compilation included.
@@ -69,22 +69,26 @@ class Result:
     seconds: float
 
 
-def how_scored(row: Row) -> Choices | Literal["bleu", "text"]:
-    """Returns how a row of a manifest is to be scored by its keys "choices" with "answer", and "metric".
+def how_scored(row: Row) -> Choices | Accepted | Literal["bleu", "text"]:
+    """Returns how a row of a manifest is to be scored by its keys "choices" with "answer", "answers", and "metric".
 
     Returns:
-      its choices; "bleu", for `"metric": "bleu"`; "text" without these keys: all that `score.score` has.
+      its choices; its accepted answers; "bleu", for `"metric": "bleu"`; "text" without these keys: all that
+      `score.score` has.
 
     Raises:
-      UserError: as `choices.read_choices`, for another metric, both ways at once, or a translation without `response`.
+      UserError: as `choices.read_choices` and `score.read_accepted`, for another metric, two ways at once, or a
+        translation without `response`.
     """
-    choices, metric = read_choices(row.extra, row.where), row.extra.get("metric")
+    named = [key for key in ("choices", "answers", "metric") if row.extra.get(key) is not None]
+    if len(named) > 1:
+        both = " and ".join(map(repr, named[:2]))
+        raise UserError(f"{row.where}: both {both}: a row is scored in one way, drop one of them")
+    metric = row.extra.get("metric")
     if metric is None:
-        return choices or "text"
+        return read_choices(row.extra, row.where) or read_accepted(row.extra, row.where) or "text"
     if metric != "bleu":
         raise UserError(f"{row.where}: unknown 'metric' {metric!r}: {nearest(str(metric), ['bleu'])}")
-    if choices is not None:
-        raise UserError(f"{row.where}: both 'choices' and 'metric': a row is scored in one way, drop one of them")
     if row.response is None:
         raise UserError(f"{row.where}: 'metric' is bleu, and there is no 'response': give the translation there")
     return "bleu"
@@ -157,7 +161,7 @@ def evaluate_set(
     heard = [i for i in range(len(rows)) if i in replies]
     if not heard:
         raise UserError(f"{name}: no row to evaluate")
-    wanted = [way.answer if isinstance(way, Choices) else row.target for way, row in zip(ways, rows, strict=True)]
+    wanted = [row.target if isinstance(way, str) else way.answer for way, row in zip(ways, rows, strict=True)]
     outputs = [Output(rows[i].id, wanted[i], replies[i]) for i in heard]
     scores = _scores([rows[i] for i in heard], [ways[i] for i in heard], outputs, classifier)
     return Result(scores, outputs, unreadable, n_samples / SAMPLE_RATE, seconds)
@@ -165,14 +169,17 @@ def evaluate_set(
 
 def _scores(
     rows: Sequence[Row],
-    ways: Sequence[Choices | str],
+    ways: Sequence[Choices | Accepted | str],
     outputs: Sequence[Output],
     classifier: IntentClassifier | None,
 ) -> dict[str, Any]:
     scores: dict[str, Any] = {"n": 0}
-    text, translated, chosen = [], [], []
+    text, translated, chosen, asked = [], [], [], []
     for i, way in enumerate(ways):
-        (chosen if isinstance(way, Choices) else translated if way == "bleu" else text).append(i)
+        if isinstance(way, str):
+            (translated if way == "bleu" else text).append(i)
+        else:
+            (chosen if isinstance(way, Choices) else asked).append(i)
     of = lambda places: ([outputs[i].reference for i in places], [outputs[i].hypothesis for i in places])
     if text:
         intents = [rows[i].extra.get("intent") for i in text]
@@ -182,6 +189,8 @@ def _scores(
         scores["bleu"] = bleu(*of(translated))
     if chosen:
         scores |= score_choices(of(chosen)[1], [way for way in ways if isinstance(way, Choices)])
+    if asked:
+        scores |= score_answered(of(asked)[1], [way for way in ways if isinstance(way, Accepted)])
     scores["n"] = len(outputs)
     return scores
 
@@ -249,7 +258,9 @@ def read_request(row: Row, change: Callable[[Row, np.ndarray], np.ndarray] | Non
     try:
         waveform = load_audio(row.audio)
         waveform = waveform if change is None else change(row, waveform)
-        return Request(waveform, row.prompt, row.history, wants_transcript=row.response is None)
+        # A question wants its answer, whether or not that is written down as a response.
+        wants_transcript = row.response is None and not {"choices", "answers"} & row.extra.keys()
+        return Request(waveform, row.prompt, row.history, wants_transcript=wants_transcript)
     except AudioError as error:
         return error
 

@@ -1,4 +1,6 @@
-"""Scores of answers: word and character error rate, exact match, intent accuracy, BLEU, each with a bootstrap interval.
+"""Scores of answers: error rates of words and characters, exact match, intents, BLEU, questions answered.
+
+Each has a bootstrap interval.
 
 Texts are compared after the normaliser of Whisper's authors (arXiv 2212.04356, appendix C): case, punctuation,
 spelling, numerals and fillers do not count. It makes some texts empty ("#", "mm"): those have no words to miss, and
@@ -8,7 +10,7 @@ whatever is heard there counts as inserted. BLEU takes the texts as they are.
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -42,6 +44,43 @@ def character_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     """Returns (characters substituted, inserted or deleted; characters of the reference), normalised, with spaces."""
     characters = normalise(reference)
     return Levenshtein.distance(characters, normalise(hypothesis)), len(characters)
+
+
+class Accepted(NamedTuple):
+    """The forms of a right answer to a question, such as ("twelve", "a dozen")."""
+
+    forms: tuple[str, ...]
+
+    @property
+    def answer(self) -> str:
+        """The first form."""
+        return self.forms[0]
+
+    def answered_by(self, text: str) -> bool:
+        """Whether `text` holds one of the forms as whole words, all of them normalised."""
+        words = f" {normalise(text)} "
+        return any(f" {normalise(form)} " in words for form in self.forms)
+
+
+def read_accepted(values: Mapping[str, Any], where: str) -> Accepted | None:
+    """Returns the right answers that a row of a manifest has by its key "answers"; None if it has none.
+
+    Args:
+      values: the row's keys, `Row.extra`.
+      where: the row's place, for errors.
+
+    Raises:
+      UserError: they are not a list of texts, or one has no words for the normaliser.
+    """
+    if "answers" not in values:
+        return None
+    forms = values["answers"]
+    if not isinstance(forms, list) or not forms or not all(isinstance(form, str) for form in forms):
+        raise UserError(f'{where}: \'answers\' is not a list of texts: give ["...", "..."], any of which is right')
+    for form in forms:
+        if not normalise(form):
+            raise UserError(f"{where}: 'answers' has {form!r}, of which the normaliser leaves no word: drop it")
+    return Accepted(tuple(forms))
 
 
 def _resamples(n: int, seed: int, n_resamples: int) -> Iterator[np.ndarray]:
@@ -185,6 +224,12 @@ def score(
     return result
 
 
+def score_answered(hypotheses: Sequence[str], questions: Sequence[Accepted], seed: int = 0) -> dict[str, Any]:
+    """Returns {"answered": of `interval`}: the share of the questions whose answer holds a right one (`Accepted`)."""
+    right = [question.answered_by(text) for text, question in zip(hypotheses, questions, strict=True)]
+    return {"answered": interval(np.array(right), np.ones(len(right)), seed)}
+
+
 # Every score that a set may have: its title, and what it is multiplied by to be shown.
 COLUMNS = {
     "wer": ("WER %", 100),
@@ -194,6 +239,7 @@ COLUMNS = {
     "bleu": ("BLEU", 1),
     "multiple_choice": ("multiple choice %", 100),
     "unparsable": ("unparsable %", 100),
+    "answered": ("answered %", 100),
 }
 
 

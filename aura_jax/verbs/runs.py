@@ -201,13 +201,13 @@ VERBS = {
         takes_config=True,
     ),
     "eval": Verb(
-        "WER, CER, exact match, intents, BLEU and multiple choice on manifests",
+        "WER, CER, exact match, intents, BLEU, multiple choice and questions answered on manifests",
         "Decodes whole sets and prints a table with 95% intervals. Without --data and --set: the run's own\n"
         "evaluation, which is eval.sets of its config and its texts, kept in the workdir as scores.json and\n"
         "transcripts.json. It can also hear its sets in noise (eval.noise.kinds, snr_db, sets), and measure the\n"
         "perplexity of the answers and how far hearing is from reading (eval.likelihood). An evaluation that was\n"
         "interrupted goes on when the same command is given again. Rows say by their keys how they are scored:\n"
-        "'intent', 'choices' with 'answer', or 'metric': \"bleu\".\n\n" + OVERRIDE_HELP,
+        "'intent', 'choices' with 'answer', 'answers', or 'metric': \"bleu\".\n\n" + OVERRIDE_HELP,
         _eval_arguments,
         _eval,
         takes_config=True,

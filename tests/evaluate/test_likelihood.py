@@ -179,9 +179,11 @@ def test_a_mesh_of_two_devices_changes_nothing(tiny_workdir, rows):
         assert of(on_two) == pytest.approx(of(expected), rel=1e-4)
 
 
-def test_rows_without_a_transcript_are_left_out(tmp_path, rows):
+def test_rows_without_a_transcript_or_one_answer_are_left_out(tmp_path, rows):
     path = tmp_path / "set.jsonl"
-    path.write_text(f'{{"audio": "{rows[0].audio}", "response": "Done."}}\n{{"prompt": "x", "response": "y"}}\n')
+    audio = f'{{"audio": "{rows[0].audio}", '
+    question = audio + '"text": "Why?", "answers": ["yes"]}\n'
+    path.write_text(audio + '"response": "Done."}\n{"prompt": "x", "response": "y"}\n' + question)
     others = load_manifest(path)
     assert comparable([*others, *rows], "s") == rows
     with pytest.raises(UserError, match=r"eval\.likelihood: no row of the set 's' has both") as caught:

@@ -8,7 +8,7 @@ import soundfile
 
 from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
-from aura_jax.evaluate.run import evaluate_set, evaluate_sets, intent_classifier
+from aura_jax.evaluate.run import evaluate_set, evaluate_sets, intent_classifier, read_request
 from aura_jax.infer.generate import Reply
 
 TEXTS = ["Open the door.", "Close the window.", "What time is it?", "Stop."]
@@ -98,17 +98,22 @@ def test_a_row_is_scored_as_it_asks_for(tmp_path):
         {**question, "prompt": "The answer is B."},
         {**question, "prompt": "A or B"},
         {"prompt": "Das ist ein kleines Haus.", "response": "Das ist ein kleines Haus.", "metric": "bleu"},
+        {"prompt": "It has twelve sides.", "response": "unused", "answers": ["12", "a dozen"]},
+        {"prompt": "It has one hundred twelve.", "response": "unused", "answers": ["12", "a dozen"]},
     )
     result = evaluate_set(Fake(), rows, progress=False)
-    assert result.scores["n"] == 4
+    assert result.scores["n"] == 6
     assert {name: s["n"] for name, s in result.scores.items() if name != "n"} == {
         "wer": 1, "cer": 1, "exact_match": 1, "bleu": 1, "multiple_choice": 2, "unparsable": 2,
+        "answered": 2,
     }  # fmt: skip
     assert result.scores["wer"]["value"] == 0.5 and result.scores["bleu"]["value"] == pytest.approx(100)
     assert result.scores["multiple_choice"]["value"] == result.scores["unparsable"]["value"] == 0.5
-    assert [o.reference for o in result.outputs] == ["Stop now.", "B. Paris", "B. Paris", "Das ist ein kleines Haus."]
+    assert result.scores["answered"]["value"] == 0.5
+    references = ["Stop now.", "B. Paris", "B. Paris", "Das ist ein kleines Haus.", "12", "12"]
+    assert [o.reference for o in result.outputs] == references
     plain = evaluate_set(Fake(), rows, progress=False, by_row=False)
-    assert set(plain.scores) == {"n", "wer", "cer", "exact_match"} and plain.scores["wer"]["n"] == 4
+    assert set(plain.scores) == {"n", "wer", "cer", "exact_match"} and plain.scores["wer"]["n"] == 6
     assert plain.outputs[1].reference == "unused"
 
 
@@ -118,6 +123,9 @@ def test_a_row_is_scored_as_it_asks_for(tmp_path):
         ({"metric": "blue"}, r"set\.jsonl:1: unknown 'metric' 'blue': did you mean 'bleu'\?"),
         ({"metric": "bleu", "choices": ["a", "b"], "answer": "A"}, r"set\.jsonl:1: both 'choices' and 'metric'"),
         ({"choices": ["a", "b"]}, r"set\.jsonl:1: 'choices' without an 'answer'"),
+        ({"answers": "Paris"}, r"set\.jsonl:1: 'answers' is not a list of texts"),
+        ({"answers": ["Paris", "#"]}, r"set\.jsonl:1: 'answers' has '#', of which the normaliser leaves no word"),
+        ({"answers": ["a"], "choices": ["a", "b"], "answer": "A"}, r"set\.jsonl:1: both 'choices' and 'answers'"),
     ],
 )
 def test_a_mistake_in_how_a_row_is_scored_comes_before_decoding(tmp_path, tiny_config, keys, match):
@@ -127,6 +135,12 @@ def test_a_mistake_in_how_a_row_is_scored_comes_before_decoding(tmp_path, tiny_c
     with pytest.raises(UserError, match=match) as caught:
         evaluate_sets(fake, {name: tmp_path / f"{name}.jsonl" for name in ("good", "set")}, tiny_config())
     assert fake.lengths == [] and "\n" not in str(caught.value)
+
+
+def test_a_spoken_question_wants_its_answer_and_another_clip_its_transcript(manifest):
+    line = json.loads(manifest.read_text().splitlines()[0])
+    clip, question, answer = write(manifest, line, line | {"answers": ["seven"]}, line | {"response": "Seven."})
+    assert [read_request(row).wants_transcript for row in (clip, question, answer)] == [True, False, False]
 
 
 def test_a_translation_needs_a_response(manifest):

@@ -14,7 +14,9 @@ from aura_jax.evaluate.score import (
     character_errors,
     interval,
     normalise,
+    read_accepted,
     score,
+    score_answered,
     table,
     word_errors,
 )
@@ -127,6 +129,24 @@ def test_table_shows_whatever_scores_there_are():
     assert head.split() == ["set", "n", "BLEU", "multiple", "choice", "%", "unparsable", "%"]
     assert questions.split() == ["questions", "4", "-", *["50.0", "[25.0,", "75.0]"] * 2]
     assert german.split() == ["german", "2", "31.2", "[20.0,", "40.0]", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("There are twelve months.", True),
+        ("12!", True),
+        ("A DOZEN, of course", True),
+        ("There are 112 of them.", False),
+        ("A dozenth", False),
+        ("Twelve hundred", False),
+        ("", False),
+    ],
+)
+def test_a_question_is_answered_by_whole_words_as_the_normaliser_leaves_them(text, right):
+    question = read_accepted({"answers": ["twelve", "a dozen"]}, "set.jsonl:1")
+    assert question is not None and question.answered_by(text) == right
+    assert score_answered([text], [question])["answered"] == {"value": right, "low": right, "high": right, "n": 1}
 
 
 def test_an_empty_set_says_so():
