@@ -48,5 +48,5 @@ $(VENV)/core: $(VENV)/made pyproject.toml
 # torch comes first and pinned: what follows leaves it alone instead of fetching a CUDA build.
 $(VENV)/test: $(VENV)/core
 	$(BIN)/python -m pip install --quiet "setuptools>=77.0.3" torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[test,torch,notebook]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,torch,notebook,synthesize]"
 	touch $@

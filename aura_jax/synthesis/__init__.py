@@ -1,0 +1,1 @@
+"""Speech from text, in many voices: to train on, and to test with."""
