@@ -5,6 +5,9 @@ import re
 
 import pytest
 
+from aura_jax.evaluate.score import read_accepted
+from aura_jax.synthesis.kokoro import TEST_VOICES
+
 
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -54,7 +57,7 @@ def test_every_work_has_its_licence_named(text, sample_data):
 
 
 def test_every_clip_is_there_and_no_other(sample_data):
-    for folder in ("commands", "recordings"):
+    for folder in ("commands", "questions", "recordings"):
         named = {row["audio"] for path in (sample_data / folder).glob("*.jsonl") for row in lines(path)}
         present = {str(path.relative_to(sample_data / folder)) for path in (sample_data / folder).rglob("*.ogg")}
         assert named == present
@@ -65,3 +68,24 @@ def test_no_test_voice_is_in_training(sample_data):
     sentences = lambda name: {row["text"] for row in lines(sample_data / "commands" / f"{name}.jsonl")}
     assert not voices("train") & (voices("test_new_voices") | voices("test_new_voices_and_sentences"))
     assert not sentences("train") & (sentences("test_new_sentences") | sentences("test_new_voices_and_sentences"))
+
+
+def test_questions_have_answers_and_what_is_new_is_new(sample_data, text):
+    folder = sample_data / "questions"
+    sets = {path.stem: lines(path) for path in folder.glob("*.jsonl")}
+    of = lambda key, *names: {row[key] for name in names for row in sets[name]}
+    new_voices, new_questions, both = (f"test_new_{x}" for x in ("voices", "questions", "voices_and_questions"))
+    assert set(sets) == {"train", "validation", new_voices, new_questions, both}
+    assert not of("voice", "train", "validation") & of("voice", new_voices, both)
+    assert of("voice", new_questions) <= of("voice", "train") and not of("voice", "train") & of("voice", "validation")
+    assert not of("text", "train") & of("text", "validation", new_questions, both)
+    assert of("text", new_voices) == of("text", "train") and of("text", new_questions) == of("text", both)
+    elsewhere = questions(text["train"] + text["validation"]) | {q["prompt"] for q in text["questions"]}
+    for name, rows in sets.items():
+        assert not of("text", name) & elsewhere
+        for row in rows:
+            accepted = read_accepted(row, name)
+            assert accepted is not None and not accepted.answered_by(row["text"]), row["text"]
+    commands = {row["voice"] for row in lines(sample_data / "commands" / "test_new_voices.jsonl")}
+    assert of("voice", new_voices) | of("voice", both) <= commands == set(TEST_VOICES)
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 5 << 20
