@@ -152,7 +152,7 @@ def write(
     making = _making(utterances, synthesizer, voices, speeds, readings, seed)
     try:
         _begin(output, making)
-        plan = _plan(utterances, spoken, voices, speeds, readings, seed, shuffle=hours is not None)
+        plan = list(_plan(utterances, spoken, voices, speeds, readings, seed, shuffle=hours is not None))
         rows, n_kept, seconds = _speak_all(plan, output, synthesizer, hours, n_threads, progress)
         with Folder(output.parent.absolute()).new_file(f"{output.name}.jsonl") as path:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -193,7 +193,7 @@ def _plan(
 
 
 def _speak_all(
-    plan: Iterator[Clip],
+    plan: Sequence[Clip],
     output: Path,
     synthesizer: Synthesizer,
     hours: float | None,
@@ -202,7 +202,7 @@ def _speak_all(
 ) -> tuple[list[dict[str, Any]], int, float]:
     """Writes the clips that are missing; returns the rows of all, how many there were, and their seconds."""
     rows, n_kept, total = [], 0, 0.0
-    bar = tqdm(desc=output.name, unit="clip", disable=not progress)
+    bar = tqdm(desc=output.name, total=len(plan) if hours is None else None, unit="clip", disable=not progress)
     speak = lambda clip: (
         None if _there(output, clip) else synthesizer.speak(clip.utterance.text, clip.voice, clip.speed)
     )
@@ -232,7 +232,7 @@ def _there(output: Path, clip: Clip) -> bool:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Clip], Any], clips: Iterator[Clip], n: int
+    pool: ThreadPoolExecutor, function: Callable[[Clip], Any], clips: Sequence[Clip], n: int
 ) -> Generator[tuple[Clip, Any], None, None]:
     """Yields (clip, what `function` returns for it) in order, while the next n are worked on."""
     waiting: collections.deque[tuple[Clip, Future]] = collections.deque()
