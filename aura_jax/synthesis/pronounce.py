@@ -19,7 +19,7 @@ _ABBREVIATIONS = frozenset({
     "st", "capt", "col", "gen", "rev", "hon", "esq", "jr", "sr", "vol", "ch", "fig", "vs", "etc", "inc", "ltd", "viz",
     "cf", "al", "adj", "esp", "abbr",
 })  # fmt: skip
-_TOKEN = re.compile(rf"(?:{'|'.join(_TITLES)})\.|[A-Za-z]+(?:'[A-Za-z]+)*|[,.;:!?—]+|[-' ]")
+_TOKEN = re.compile(rf"(?:{'|'.join(_TITLES)})\.|[A-Za-z]+(?:'[A-Za-z]+)*|[,.;:!?—]+|(?<=[A-Za-z])-(?=[A-Za-z])|[' ]")
 _WORD = re.compile(r"[A-Za-z]")
 _ONE_LETTER = ("a", "i", "o")
 

@@ -45,7 +45,8 @@ def read(path: str | Path, cut: bool = False) -> list[Utterance]:
 
 def normalise(text: str) -> str:
     """Returns a text with plain quotes, dashes and spaces, and without what is not heard: quotation marks, emphasis."""
-    text = re.sub(r"\s*(?:--+|\u2014)\s*", " \u2014 ", text.translate(_PLAIN))
+    # Two hyphens are a dash, but not before a word alone, as in "--option".
+    text = re.sub(r"\s*\u2014\s*|(?<=\S)--+\s*|\s--+(?=\s|$)", " \u2014 ", text.translate(_PLAIN))
     text = re.sub(r"(?<![A-Za-z])'|'(?![A-Za-z])", "", re.sub(r'["_*]', "", text))
     return " ".join(text.split()).strip("\u2014 ")
 

@@ -44,6 +44,7 @@ def test_small_words_are_said_as_what_follows_asks():
     ("text", "why"),
     [
         ("go by 3", "a sign: '3'"),
+        ("go --by", "a sign: '-'"),
         ("cats & dogs", "a sign: '&'"),
         ("I go to Narnia.", "an unknown word: 'Narnia'"),
         ("I read.", "said in two ways: 'read'"),

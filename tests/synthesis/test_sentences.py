@@ -11,6 +11,7 @@ from aura_jax.synthesis.sentences import normalise, read
 def test_what_is_not_heard_goes_and_the_words_stay():
     assert normalise("\u201cIt\u2019s  _true_,\u201d she said--'now'.") == "It's true, she said \u2014 now."
     assert normalise('\u2014 "Don\'t!"') == "Don't!"
+    assert normalise("Add --force -- or not --") == "Add --force \u2014 or not"
 
 
 def test_lines_are_kept_whole_with_their_other_keys(tmp_path):
