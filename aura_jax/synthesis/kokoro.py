@@ -72,7 +72,7 @@ class Kokoro:
         tokens_1xT = np.array([[0, *(self._ids[phoneme] for phoneme in phonemes), 0]])
         style_1xD = self._styles[voice][None, len(phonemes) - 1]
         inputs = {"tokens": tokens_1xT, "style": style_1xD, "speed": np.array([speed], np.float32)}
-        (waveform_S,) = self._session.run(None, inputs)
+        waveform_S = np.asarray(self._session.run(None, inputs)[0])
         return soxr.resample(_trim(waveform_S), _RATE, SAMPLE_RATE, quality="HQ")
 
     def _phonemes(self, text: str, accent: str) -> str:
