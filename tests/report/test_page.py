@@ -114,6 +114,19 @@ def test_every_number_is_the_dictionarys(report_data):
     assert len(seen) > 90
 
 
+def test_noise_and_likelihood_are_shown_where_they_were_measured(report_data):
+    assert "In noise" not in page.render(report_data)
+    rate = lambda value: {"value": value, "low": value / 2, "high": 2 * value, "n": 9}
+    levels = {"20": {"n": 9, "wer": rate(0.25)}, "0": {"n": 9, "wer": rate(0.5)}}
+    report_data["scores"]["noise"] = {"new voices": {"white": levels, "babble": levels}}
+    reading = {"nats": rate(0.1), "perplexity": rate(1.1)}
+    likelihood = {"n": 9, "tokens": 80, "speech": reading, "text": reading, "divergence": rate(0.3)}
+    report_data["scores"]["likelihood"] = {"new voices": likelihood}
+    seen = check_numbers(report_data, Parsed(page.render(report_data)))
+    assert {f"scores.noise.new voices.{kind}.0.wer.high" for kind in ("white", "babble")} <= seen
+    assert {f"scores.likelihood.new voices.{key}.value" for key in ("divergence", "text.perplexity")} <= seen
+
+
 def test_a_number_that_differs_is_found(report_data):
     parsed = Parsed(page.render(report_data))
     report_data["scores"]["sets"]["new voices"]["wer"]["value"] += 0.01
