@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from aura_jax.audio.io import load_audio
 from aura_jax.data.manifest import load_manifest
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request
+from aura_jax.models import adapters, embedder, speech_llm
 from aura_jax.train import loop
 
 ROOT = Path(__file__).parents[2]
@@ -88,3 +92,26 @@ def test_a_system_trains_resumes_answers_and_is_scored(tiny, name, tmp_path, cap
 
     assert cli.main(["eval", "--workdir", str(tmp_path / "whole"), "--json", str(tmp_path / "scores.json")]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["rows"]["n"] == 12
+
+
+@pytest.mark.slow
+def test_the_example_of_new_system_md_trains_and_answers(tiny, tmp_path, monkeypatch):
+    module, of_config = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new_system.md").read_text(), re.DOTALL)
+    names = dict(vars(adapters))
+    exec(module, names)
+    monkeypatch.setitem(adapters.ADAPTERS, "pool", names["PoolAdapter"])
+    for room in (embedder, speech_llm):
+        monkeypatch.setattr(room, "OF_STATES", (*embedder.OF_STATES, "pool"))
+    monkeypatch.setattr(embedder, "KINDS", (*embedder.KINDS, "pool"))
+    pool = types.ModuleType("configs.systems.pool")
+    exec(of_config, vars(pool))
+    monkeypatch.setitem(sys.modules, pool.__name__, pool)
+    c = tiny("pool")
+    assert c.embedder.kind == "pool"
+    loop.train(c, tmp_path / "run")
+    losses = logged(tmp_path / "run")
+    assert losses[12]["loss"] < losses[1]["loss"]
+    built, variables = checkpoint.load_for_inference(tmp_path / "run")
+    rows = [Request(load_audio(row.audio)) for row in load_manifest(c.data.train[0][0])]
+    together, alone = (Generator(built, variables).generate(requests)[0] for requests in (rows, rows[:1]))
+    assert together.tokens == alone.tokens
