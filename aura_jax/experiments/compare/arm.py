@@ -62,7 +62,8 @@ class Arm:
         with answering.ignore_type():
             answering.data.buckets = tuple(lengths)
         if system in UNTRAINED:
-            whisper = Transcriber(assets.resolve(whisper_of(c)), batch_size=1)
+            most = c.eval.max_new_tokens
+            whisper = Transcriber(assets.resolve(whisper_of(c)), batch_size=1, max_new_tokens=most)
             if padding is not None:
                 whisper = whisper.with_windows(padding["windows"], padding["seconds"] or 0.0)
             self._answers: dict[str, Answers] = {"none": Cascade(whisper, plain_generator(answering, 1))}

@@ -59,7 +59,9 @@ def _measure_untrained(name: str, config: Config, workdir: Path) -> dict[str, An
     if name == "oracle":
         answers = Oracle(plain)
     else:
-        whisper = Transcriber(assets.resolve(whisper_of(config)), batch_size=config.eval.batch_size)
+        # It may write as much as the others: where it repeats itself, it would go on to the end of its positions.
+        most = {"batch_size": config.eval.batch_size, "max_new_tokens": config.eval.max_new_tokens}
+        whisper = Transcriber(assets.resolve(whisper_of(config)), **most)
         if found := _padding(whisper, config):
             whisper = whisper.with_windows(found.windows, found.seconds or 0.0)
             wer = {"full" if seconds is None else f"{seconds:g}": of for seconds, of in found.wer.items()}
