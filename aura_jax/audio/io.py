@@ -4,7 +4,8 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,9 +19,16 @@ from aura_jax.errors import UserError
 
 _FORMATS = "WAV, FLAC, Ogg Vorbis, Opus or MP3"
 _BLOCK_VALUES = 1 << 20  # samples times channels decoded at a time: 4 MiB, however many channels a header claims
-_LOWEST_RATE = 1000  # Hz: below it a header is damaged, and resampling a few bytes would fill the memory
+# Hz. Beyond them a header is damaged: resampling a few bytes would fill the memory, or decoding a second take an hour.
+_LOWEST_RATE, _HIGHEST_RATE = 1000, 768_000
+_LOUDEST = 2.0**31  # of samples that hold integers as floats; far beyond it the features would overflow
 _UNKNOWN_LENGTH = 1 << 62  # libsndfile reports about 2^63 frames when a header does not say: FLAC from a pipe
 _LARGEST_STREAM = 1 << 30  # bytes
+# An ID3v2.4 tag of ten empty bytes: in memory, libsndfile 1.2.2 reads no MP3 that begins without a tag.
+_EMPTY_TAG = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)
+
+
+LONGEST_SECONDS = 3600.0  # of a clip, where nothing else is asked for: 220 MiB as a waveform
 
 
 class AudioError(UserError):
@@ -30,34 +38,29 @@ class AudioError(UserError):
 def load_audio(source: str | Path | bytes | BinaryIO, *, max_seconds: float | None = None) -> np.ndarray:
     """Decodes a clip to a mono waveform at 16 kHz.
 
-    Channels are averaged while decoding, block by block, and the result is resampled with soxr's "HQ" filter.
+    Channels are averaged and the rate is changed with soxr's "HQ" filter while decoding, block by block: what is held
+    in memory is what is returned, whatever a header claims.
 
     Args:
       source: a path, the address of a record (`audio.records`), an audio file's bytes, or a binary stream, which is
         read to its end. WAV, FLAC, Ogg Vorbis, Opus or MP3.
       max_seconds: longer clips are refused: by their header before anything is decoded, and, where a header is wrong,
-        as soon as the limit is passed. None: no limit.
+        as soon as the limit is passed. None: `LONGEST_SECONDS`.
 
     Returns:
-      waveform_S: float32 [S], S >= 1, nominally in [-1, 1]. Silence is valid.
+      waveform_S: float32 [S], S >= 1, finite, nominally in [-1, 1]. Silence is valid.
 
     Raises:
       AudioError: the file is missing, empty, not audio, damaged, too long, has no samples or has NaN or infinite ones.
       UserError: the shard of a record is missing or damaged as a whole.
     """
     name = _name(source)
+    max_seconds = LONGEST_SECONDS if max_seconds is None else max_seconds
     with _open(source, name) as file:
         rate = file.samplerate
-        if max_seconds is not None and _known_length(file) and file.frames > max_seconds * rate:
+        if _known_length(file) and file.frames > max_seconds * rate:
             raise _too_long(name, file.frames / rate, max_seconds, at_least="")
-        block = max(1, _BLOCK_VALUES // file.channels)
-        parts, n_samples = [], 0
-        while len(values_SxC := file.read(block, dtype="float32", always_2d=True)):
-            n_samples += len(values_SxC)
-            if max_seconds is not None and n_samples > max_seconds * rate:
-                raise _too_long(name, n_samples / rate, max_seconds, at_least="at least ")
-            parts.append(values_SxC[:, 0] if file.channels == 1 else values_SxC.mean(axis=1))
-    return from_samples(np.concatenate(parts) if parts else np.zeros(0, np.float32), rate, name=name)
+        return _waveform(_channel(file, name, max_seconds), rate, name)
 
 
 def from_samples(samples_S: np.ndarray, rate: float, *, name: str = "audio") -> np.ndarray:
@@ -77,34 +80,56 @@ def from_samples(samples_S: np.ndarray, rate: float, *, name: str = "audio") -> 
     if samples_S.ndim != 1 or not np.issubdtype(samples_S.dtype, np.floating):
         shape = list(samples_S.shape)
         raise AudioError(f"{name}: samples {samples_S.dtype}{shape}: give one channel of floats, from -1 to 1")
-    if not len(samples_S):
-        raise _no_samples(name)
-    if not rate >= _LOWEST_RATE:
+    if len(samples_S) and not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
         raise AudioError(f"{name}: sample rate {rate} Hz: give that of the samples")
-    if not np.isfinite(samples_S).all():
-        where = int(np.argmin(np.isfinite(samples_S))) / rate
-        raise AudioError(f"{name}: NaN or infinite samples, the first at {where:.3f} s: export the clip again")
-    if rate != SAMPLE_RATE:
-        samples_S = soxr.resample(samples_S, rate, SAMPLE_RATE, quality="HQ")
-        if not len(samples_S):
-            raise AudioError(f"{name}: too short for one sample at {SAMPLE_RATE} Hz: record it again")
-    return np.ascontiguousarray(samples_S, dtype=np.float32)
+    return _waveform([samples_S], rate, name)
+
+
+def _channel(file: soundfile.SoundFile, name: str, max_seconds: float) -> Iterator[np.ndarray]:
+    """Yields blocks of the mean of a file's channels; raises AudioError once they are longer than `max_seconds`."""
+    block = max(1, _BLOCK_VALUES // file.channels)
+    n_samples = 0
+    while len(values_SxC := file.read(block, dtype="float32", always_2d=True)):
+        n_samples += len(values_SxC)
+        if n_samples > max_seconds * file.samplerate:
+            raise _too_long(name, n_samples / file.samplerate, max_seconds, at_least="at least ")
+        with np.errstate(over="ignore", invalid="ignore"):  # of damaged floats: infinite or NaN then, and refused
+            yield values_SxC[:, 0] if file.channels == 1 else values_SxC.mean(axis=1)
+
+
+def _waveform(blocks: Iterable[np.ndarray], rate: float, name: str) -> np.ndarray:
+    """Checks blocks of samples as they come, and joins them at 16 kHz."""
+    resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, quality="HQ")
+    parts, n_samples = [], 0
+    for samples_S in blocks:
+        with np.errstate(over="ignore"):  # of float64: infinite then, and refused
+            samples_S = np.ascontiguousarray(samples_S, dtype=np.float32)
+        sound_S = np.abs(samples_S) <= _LOUDEST
+        if not sound_S.all():
+            first = int(np.argmin(sound_S))
+            what = f"samples of {samples_S[first]:.3g}" if np.isfinite(samples_S[first]) else "NaN or infinite samples"
+            raise AudioError(f"{name}: {what}, the first at {(n_samples + first) / rate:.3f} s: export the clip again")
+        n_samples += len(samples_S)
+        parts.append(samples_S if resampler is None else resampler.resample_chunk(samples_S))
+    if not n_samples:
+        raise _no_samples(name)
+    if resampler is not None:
+        parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    waveform_S = np.concatenate(parts)
+    if not len(waveform_S):
+        raise AudioError(f"{name}: too short for one sample at {SAMPLE_RATE} Hz: record it again")
+    return waveform_S
 
 
 def audio_seconds(source: str | Path | bytes | BinaryIO) -> float:
     """Length of a clip in seconds, by its header alone: nothing is decoded unless the header does not say.
 
-    Raises AudioError as `load_audio` does for what a header shows: missing, empty, not audio, no samples.
+    Raises AudioError as `load_audio` does for what a header shows: missing, empty, not audio, no samples. A clip that
+    has to be decoded is refused beyond `LONGEST_SECONDS`.
     """
     name = _name(source)
     with _open(source, name) as file:
-        if _known_length(file):
-            n_samples = file.frames
-        else:
-            block = max(1, _BLOCK_VALUES // file.channels)
-            n_samples = 0
-            while n_read := len(file.read(block, dtype="float32", always_2d=True)):
-                n_samples += n_read
+        n_samples = file.frames if _known_length(file) else sum(map(len, _channel(file, name, LONGEST_SECONDS)))
         if not n_samples:
             raise _no_samples(name)
         return n_samples / file.samplerate
@@ -120,9 +145,9 @@ def stamp(path: str) -> tuple[int, int]:
 def _name(source: str | Path | bytes | BinaryIO) -> str:
     if isinstance(source, bytes):
         return f"audio of {len(source)} bytes"
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
-    return str(getattr(source, "name", "audio stream"))
+    is_path = isinstance(source, (str, os.PathLike))
+    name = str(os.fspath(source) if is_path else getattr(source, "name", "audio stream"))
+    return name if name.isprintable() else repr(name)  # an error is one line
 
 
 class _Sequential(soundfile.SoundFile):
@@ -154,21 +179,37 @@ def _open(source: str | Path | bytes | BinaryIO, name: str) -> Iterator[soundfil
         size = _file_size(source, name)
         readable = os.fspath(source)
     else:
-        data = source if isinstance(source, bytes) else source.read(_LARGEST_STREAM + 1)
+        data = source if isinstance(source, bytes) else _read(source, name)
         size = len(data)
-        readable = _Buffer(data)
-        if size > _LARGEST_STREAM:
-            raise AudioError(f"{name}: over {_LARGEST_STREAM >> 20} MiB in memory: write it to a file, give its path")
+        is_untagged_mp3 = data[:1] == b"\xff" and data[1:2] >= b"\xe0"
+        readable = _Buffer(_EMPTY_TAG + data if is_untagged_mp3 else data)
     if not size:
         raise AudioError(f"{name}: empty, 0 bytes: record or download it again")
     try:
         with _Sequential(readable) as file:
-            if file.samplerate < _LOWEST_RATE:
+            if not _LOWEST_RATE <= file.samplerate <= _HIGHEST_RATE:
                 raise AudioError(f"{name}: sample rate {file.samplerate} Hz: the header is damaged; export it again")
             yield file
     except soundfile.LibsndfileError as error:
-        reason = error.error_string.strip().removeprefix("Error : ").rstrip(".")
+        reason = " ".join(error.error_string.split()).removeprefix("Error : ").rstrip(".")
         raise AudioError(f"{name}: cannot be decoded ({reason}): convert it to {_FORMATS}") from None
+
+
+def _read(stream: BinaryIO, name: str) -> bytes:
+    """Reads a stream to its end: a pipe may give less at a time than is asked for."""
+    parts, left = [], _LARGEST_STREAM
+    try:
+        while part := stream.read(left + 1):
+            parts.append(part)
+            left -= len(part)
+            if left < 0:
+                size = f"over {_LARGEST_STREAM >> 20} MiB in memory"
+                raise AudioError(f"{name}: {size}: write it to a file, give its path")
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name}: cannot be read ({' '.join(str(error).split())}): open it again") from None
+    if not all(isinstance(part, bytes) for part in parts):
+        raise AudioError(f"{name}: a stream of text: open it in binary mode")
+    return b"".join(parts)
 
 
 def _file_size(path: str | os.PathLike, name: str) -> int:
@@ -176,6 +217,9 @@ def _file_size(path: str | os.PathLike, name: str) -> int:
     if Path(path).suffix.lower() == ".raw":
         raise AudioError(f"{name}: headerless audio, format unknown: convert it to {_FORMATS}")
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe waits for its writer, maybe for ever
+            raise AudioError(f"{name}: a pipe or a device: open it and give the stream, or write it to a file")
         with open(path, "rb") as file:
             return file.seek(0, os.SEEK_END)
     except FileNotFoundError:
@@ -185,7 +229,7 @@ def _file_size(path: str | os.PathLike, name: str) -> int:
     except OSError as error:
         raise AudioError(f"{name}: {error.strerror or error}: check the path and its permissions") from None
     except ValueError as error:
-        raise AudioError(f"{name!r}: {error}: check the path") from None
+        raise AudioError(f"{name}: {error}: check the path") from None
 
 
 def _known_length(file: soundfile.SoundFile) -> bool:

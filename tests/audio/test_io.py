@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 import aura_jax.audio.io as audio_io
 from aura_jax.audio.io import AudioError, audio_seconds, load_audio
@@ -210,3 +211,92 @@ def test_damaged_bytes_print_no_traceback(capfd: pytest.CaptureFixture[str]):
     soundfile.write(stream, tone(16000), 16000, format="AIFF")
     assert "cannot be decoded" in error_line(stream.getvalue()[:44])
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_mp3_reads_the_same_from_bytes(tmp_path: Path):
+    path = tmp_path / "tone.mp3"
+    soundfile.write(path, tone(44100), 44100)
+    assert path.read_bytes()[:1] == b"\xff"  # no ID3 tag: libsndfile alone reads it from a path only
+    np.testing.assert_array_equal(load_audio(path.read_bytes()), load_audio(path))
+
+
+def test_blocks_are_resampled_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, tone(44100), 44100, subtype="FLOAT")
+    monkeypatch.setattr(audio_io, "_BLOCK_VALUES", 1001)
+    expected_S = soxr.resample(tone(44100), 44100, 16000, quality="HQ")
+    np.testing.assert_array_equal(load_audio(path), expected_S)
+    np.testing.assert_array_equal(audio_io.from_samples(tone(44100), 44100), expected_S)
+
+
+def test_an_hour_is_the_limit_where_none_is_given(monkeypatch: pytest.MonkeyPatch):
+    stream = io.BytesIO()
+    soundfile.write(stream, np.zeros(3_700_000, np.float32), 1000, format="FLAC")
+    bomb = stream.getvalue()
+    assert len(bomb) < 20_000  # decoded and resampled: 237 MB
+    decoded = []
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **kw: decoded.append(1) or read(*a, **kw))
+    end = "over the limit of 3600 s: split the clip or raise max_seconds"
+    assert f": 3700 s, {end}" in error_line(bomb)
+    assert audio_seconds(bomb) == 3700.0 and decoded == []
+    unknown = bytearray(bomb)
+    unknown[21] &= 0xF0
+    unknown[22:26] = bytes(4)
+    with pytest.raises(AudioError, match=f"at least .* s, {end}"):
+        audio_seconds(bytes(unknown))
+    assert f" s, {end}" in error_line(bytes(unknown), max_seconds=None)
+
+
+def test_headers_that_lie():
+    def wav(channels: int = 1, rate: int = 16000, claimed: int = 3200) -> bytes:
+        fmt = struct.pack("<HHIIHH", 1, channels, rate, (rate * channels * 2) & 0xFFFFFFFF, (channels * 2) & 0xFFFF, 16)
+        size = struct.pack("<I", claimed)
+        return b"RIFF" + size + b"WAVEfmt \x10\0\0\0" + fmt + b"data" + size + bytes(3200)
+
+    assert len(load_audio(wav())) == 1600
+    assert len(load_audio(wav(claimed=0x7FFFFFFF))) == 1600
+    assert len(load_audio(wav(channels=1024))) == 1
+    for rate in (1, 999, 768_001, 0x7FFFFFFF):
+        assert f"sample rate {rate} Hz: the header is damaged" in error_line(wav(rate=rate))
+    for damaged in (wav(channels=0), wav(channels=1025), wav(rate=0), wav(rate=1 << 31)):
+        error_line(damaged)
+
+
+def test_samples_that_are_no_sound(tmp_path: Path):
+    for value, said in ((1e30, "samples of 1e+30"), (-3e38, "samples of -3e+38"), (1e300, "NaN or infinite samples")):
+        path = tmp_path / "loud.wav"
+        soundfile.write(path, np.r_[np.zeros(1600), value, -value], 16000, subtype="DOUBLE")
+        assert error_line(path) == f"{path}: {said}, the first at 0.100 s: export the clip again"
+        with pytest.raises(AudioError, match=r"the first at 0\.000 s"):
+            audio_io.from_samples(np.array([value, -value]), 48000)
+    half_S = tone(44100).astype(np.float16)
+    np.testing.assert_array_equal(
+        audio_io.from_samples(half_S, 44100), audio_io.from_samples(half_S.astype(np.float32), 44100)
+    )
+    with pytest.raises(AudioError, match="sample rate 1000000 Hz: give that of the samples"):
+        audio_io.from_samples(tone(16000), 1_000_000)
+
+
+def test_what_is_no_file_does_not_hang(tmp_path: Path):
+    pipe = tmp_path / "pipe.wav"
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/zero"):
+        assert error_line(path) == f"{path}: a pipe or a device: open it and give the stream, or write it to a file"
+    closed = io.BytesIO(b"x")
+    closed.close()
+    assert error_line(closed) == "audio stream: cannot be read (I/O operation on closed file.): open it again"
+    assert error_line(io.StringIO("RIFF")) == "audio stream: a stream of text: open it in binary mode"
+    missing = tmp_path / "two\nlines.wav"
+    assert error_line(missing) == f"{str(missing)!r}: no such audio file: check the path"
+
+
+def test_a_stream_that_gives_little_at_a_time_is_read_to_its_end():
+    stream = io.BytesIO()
+    soundfile.write(stream, tone(16000), 16000, format="WAV")
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(1000)
+
+    np.testing.assert_array_equal(load_audio(Slow(stream.getvalue())), load_audio(stream.getvalue()))
