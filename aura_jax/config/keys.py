@@ -176,6 +176,7 @@ def default() -> Config:
             sets={},  # name: manifest or folder of shards
             batch_size=16,
             max_new_tokens=48,
+            max_seconds=600.0,  # longer clips are not answered, unless data.max_seconds is longer
             text_questions="",
             text_heldout="",
             noise=dict(  # the sets once more, in noise

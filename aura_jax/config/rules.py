@@ -50,6 +50,7 @@ _AT_LEAST = {
     "train.steps": 0,
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
+    "eval.max_seconds": 0,
 }
 _OF_A_STAGE_AT_LEAST = {"steps": 1, "warmup_steps": 0, "final_fraction": 0}
 

@@ -83,7 +83,7 @@ def tokenise(system: System, index: int, request: Request) -> Prompt:
 
     Raises:
       UserError: for a request with neither audio nor text, or with both audio and transcript; audio that is not a mono
-        waveform; a number that is out of range.
+        waveform, or longer than `eval.max_seconds`; a number that is out of range.
     """
     waveform = request.waveform
     number = index if request.number is None else request.number
@@ -104,6 +104,10 @@ def tokenise(system: System, index: int, request: Request) -> Prompt:
     waveform = np.asarray(waveform, np.float32)
     if waveform.ndim != 1 or not len(waveform):
         raise UserError(f"audio of shape {waveform.shape}: one mono waveform with at least one sample is needed")
+    longest = max(system.config.eval.max_seconds, system.config.data.max_seconds)
+    if len(waveform) > longest * features.SAMPLE_RATE:
+        seconds = f"{len(waveform) / features.SAMPLE_RATE:.2f} s"
+        raise UserError(f"audio of {seconds}, over the limit of {longest:g} s: split it or raise eval.max_seconds")
     n_bucket = _sample_bucket(len(waveform), system.config.data.buckets or BUCKETS)
     return Prompt(index, number, waveform, before, after, n_bucket)
 

@@ -55,8 +55,9 @@ VERBS = {
     "generate": Verb(
         "answer speech or text",
         "With --audio and no --prompt, does what the run was trained to do (transcribe); with --prompt alone, a\n"
-        "turn of text. Audio: WAV, FLAC, Ogg Vorbis, Opus or MP3. On a terminal, a single answer is shown while it is\n"
-        "decoded; those to several clips are decoded together, and shown when they are whole.\n\n" + OVERRIDE_HELP,
+        "turn of text. Audio: WAV, FLAC, Ogg Vorbis, Opus or MP3, up to eval.max_seconds of it. On a terminal, a\n"
+        "single answer is shown while it is decoded; those to several clips are decoded together, and shown when they\n"
+        "are whole.\n\n" + OVERRIDE_HELP,
         _generate_arguments,
         _generate,
         takes_config=True,

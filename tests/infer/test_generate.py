@@ -244,6 +244,7 @@ def test_the_cache_is_donated(tiny_loaded, generator):
         (Request(np.zeros(0, np.float32)), "at least one sample"),
         (Request(clip(0.5), transcript="Hello"), "drop one"),
         (Request(clip(0.5), number=-1), "number is 0 to 4294967295, not -1"),
+        (Request(np.zeros(9_600_001, np.float32)), r"over the limit of 600 s: split it or raise eval\.max_seconds"),
     ],
 )
 def test_bad_requests_say_why(generator, request_, match):
