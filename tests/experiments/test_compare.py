@@ -104,6 +104,8 @@ def test_a_result_is_not_made_again_and_one_of_another_config_is_refused(planned
     monkeypatch.setattr(run, "_run", lambda command: pytest.fail("it is done"))
     monkeypatch.setattr(timing, "measure", lambda systems, command, paddings: TIMING)
     again = lambda *overrides: run.main(["aura"], [0], tmp_path, tmp_path / "results", "configs/smoke.py", overrides)
+    del values["config"]["kd"]  # a key that there was not yet
+    one.output.write_text(json.dumps(values))
     assert again() == 0
     assert "50.0" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"aura-seed-0.json was made with another config"):

@@ -70,12 +70,17 @@ def _is_done(job: Job) -> bool:
     if not job.output.is_file():
         return False
     try:
-        same = json.loads(job.output.read_text())["config"] == job.values("")["config"]
+        same = _completed(json.loads(job.output.read_text())["config"], job.output) == job.values("")["config"]
     except (ValueError, KeyError) as error:
         raise UserError(f"{job.output}: no result of a comparison: delete it") from error
     if not same:
         raise UserError(f"{job.output} was made with another config: delete it, or name another folder with --results")
     return True
+
+
+def _completed(values: Any, file: Path) -> dict[str, Any]:
+    """Returns a config that was written down, with the defaults of the keys that there were not yet."""
+    return json.loads(config_lib.to_json(config_lib.from_values(values, file)))
 
 
 def _timed(
@@ -88,7 +93,7 @@ def _timed(
     wanted = {name: json.loads(config_lib.to_json(c)) for name, c in systems.items() if name not in timing.UNTIMED}
     try:
         found = json.loads(file.read_text()) if file.is_file() else {"systems": {}}
-        have = {name: of["config"] for name, of in found["systems"].items()}
+        have = {name: _completed(of["config"], file) for name, of in found["systems"].items()}
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: no times of a comparison: delete it") from error
     # The order matters: the first is what the others are compared with.
