@@ -53,7 +53,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self._template, self._system, self._template_kwargs = chat_template, system, dict(template_kwargs or {})
         # A bounded cache per object: manifests repeat few prompts.
-        self._encode = functools.lru_cache(maxsize=4096)(self._encode_uncached)
+        self._around = functools.lru_cache(maxsize=4096)(self._around_uncached)
         self._end_ids = self._find_end_of_turn()
         stops = self._end_ids[-1:] if len(self._end_ids) == 1 else ()
         eos = tokenizer.eos_token_id
@@ -63,12 +63,12 @@ class ChatFormat:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        del state["_encode"]  # a cache over a bound method cannot travel to a worker process
+        del state["_around"]  # a cache over a bound method cannot travel to a worker process
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._encode = functools.lru_cache(maxsize=4096)(self._encode_uncached)
+        self._around = functools.lru_cache(maxsize=4096)(self._around_uncached)
 
     def encode(
         self, prompt: str = "", has_audio: bool = True, history: _Turns = ()
@@ -85,17 +85,32 @@ class ChatFormat:
         Raises:
             UserError: the template drops or repeats the user turn, or refuses the turns.
         """
-        return self._encode(prompt, has_audio, json.dumps([dict(turn) for turn in history]))
+        prefix, *rest = self.around([*history, {"role": "user", "content": prompt, "audio": has_audio}])
+        (suffix,) = rest or [()]
+        return prefix, suffix
 
-    def _encode_uncached(self, prompt: str, has_audio: bool, history: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        content = (_MARK + "\n" + prompt if prompt else _MARK) if has_audio else prompt
-        rendered = self._render(
-            [*json.loads(history), {"role": "user", "content": content}], add_generation_prompt=True
-        )
-        if not has_audio:
-            return self.text(rendered), ()
-        prefix, suffix = self._split(rendered)
-        return self.text(prefix), self.text(suffix)
+    def around(self, turns: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, ...], ...]:
+        """Returns the tokens before, between and after the clips of a conversation, up to where the response begins.
+
+        Args:
+            turns: each {"role", "content": text} and, where there is a clip, "audio": True. It comes first in its turn,
+                then the text, on a line of its own.
+
+        Returns:
+            The ids, one sequence more than there are clips.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        return self._around(json.dumps([dict(turn) for turn in turns]))
+
+    def _around_uncached(self, turns: str) -> tuple[tuple[int, ...], ...]:
+        shown, n_clips = json.loads(turns), 0
+        for turn in shown:
+            if turn.pop("audio", False):
+                turn["content"] = f"{_MARK}\n{turn['content']}" if turn["content"] else _MARK
+                n_clips += 1
+        return tuple(self.text(part) for part in self._split(self._render(shown, add_generation_prompt=True), n_clips))
 
     def text(self, text: str) -> tuple[int, ...]:
         """The ids of `text` alone: no special token is added; those spelled out in it are recognised."""
@@ -122,11 +137,12 @@ class ChatFormat:
             raise UserError("the chat template ends no assistant turn, and the tokenizer has no eos_token: mend either")
         return (eos,)
 
-    def _split(self, rendered: str) -> tuple[str, str]:
+    def _split(self, rendered: str, n_marks: int = 1) -> list[str]:
         parts = rendered.split(_MARK)
-        if len(parts) != 2:
-            raise UserError(f"the chat template shows a turn's content {len(parts) - 1} times: set one that does once")
-        return parts[0], parts[1]
+        if len(parts) != n_marks + 1:
+            whose = "a turn's content" if n_marks == 1 else f"the content of {n_marks} turns"
+            raise UserError(f"the chat template shows {whose} {len(parts) - 1} times: set one that does once")
+        return parts
 
     def _render(self, turns: _Turns, *, add_generation_prompt: bool) -> str:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]

@@ -37,7 +37,7 @@ class Cascade:
         """Returns the answer to each spoken request, in order; the transcript where that is what is wanted.
 
         Args:
-          requests: with audio.
+          requests: with audio, each one clip.
           progress: called after each batch with the number of requests in it.
           sampling: how the LLM picks its tokens; Whisper's are always the likeliest.
           stop: of the LLM's answer, as of `Generator.generate`.
@@ -45,6 +45,8 @@ class Cascade:
         Raises:
           UserError: as `Transcriber.generate` and `Generator.generate`.
         """
+        if any("audio" in turn for request in requests for turn in request.history):
+            raise UserError("a cascade hears one clip: give the earlier turns of its request as text")
         heard = self._transcriber.generate([Request(request.waveform) for request in requests], progress)
         answered = [i for i, request in enumerate(requests) if not request.wants_transcript]
         written = [

@@ -11,6 +11,7 @@ V vocabulary.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -74,7 +75,8 @@ class Generator(Reader):
     """Answers requests with a speech LLM: a reader that goes on.
 
     Attributes:
-      shapes: (LoRA, B, T, samples) of every batch so far: one compilation each.
+      max_new_tokens: of the longest answer.
+      shapes: (LoRA, B, T, samples of a row's clips) of every batch so far: one compilation each.
     """
 
     def __init__(
@@ -96,9 +98,9 @@ class Generator(Reader):
         """
         super().__init__(system, variables, batch_size=batch_size, adapters_on_text=adapters_on_text)
         self.shapes: set[tuple[str, int, int, int]] = set()
-        self._max_new = system.config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if self._max_new < 1:
-            raise UserError(f"{self._max_new} new tokens: must be at least 1")
+        self.max_new_tokens = system.config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if self.max_new_tokens < 1:
+            raise UserError(f"{self.max_new_tokens} new tokens: must be at least 1")
 
     def generate(
         self,
@@ -121,13 +123,13 @@ class Generator(Reader):
         """
         stop = checked_stop(stop)
         prompts = [tokenise(self.system, i, request) for i, request in enumerate(requests)]
-        prompts.sort(key=lambda p: (p.n_bucket, len(p.prefix), len(p.suffix)))
+        prompts.sort(key=lambda p: (p.n_places, p.n_bucket, len(p.texts[0]), len(p.texts[-1])))
         replies: list[Reply | None] = [None] * len(requests)
         start = 0
         while start < len(prompts):
-            # Text and speech are different programs.
-            is_text = prompts[start].waveform is None
-            batch = [p for p in prompts[start : start + self.batch_size] if (p.waveform is None) == is_text]
+            # Text, speech, and speech of several clips are different programs.
+            n_places = prompts[start].n_places
+            batch = [p for p in prompts[start : start + self.batch_size] if p.n_places == n_places]
             for prompt, reply in zip(batch, self._run(batch, sampling, stop), strict=True):
                 replies[prompt.index] = reply
             start += len(batch)
@@ -163,7 +165,7 @@ class Generator(Reader):
 
     def _run(self, batch: Sequence[Prompt], sampling: Sampling, stop: Sequence[str]) -> list[Reply]:
         start = time.perf_counter()
-        *_, answers = self._decoded(batch, sampling, stop, _PIECE if stop else self._max_new)
+        *_, answers = self._decoded(batch, sampling, stop, _PIECE if stop else self.max_new_tokens)
         seconds = time.perf_counter() - start
         return [Reply(answer.text, tuple(answer.tokens), answer.ended, seconds) for answer in answers]
 
@@ -171,10 +173,10 @@ class Generator(Reader):
         self, batch: Sequence[Prompt], sampling: Sampling, stop: Sequence[str], every: int
     ) -> Iterator[list[AnswerText]]:
         """Yields the answers to a batch after `every` tokens, after twice as many, and so on to their ends."""
-        n_rows, program = self._n_rows(len(batch)), self._program(batch[0], self._max_new)
+        n_rows, program = self._n_rows(len(batch)), self._program(batch[0], self.max_new_tokens)
         inputs = lay_out(self.system, batch, n_rows)
-        columns, waveform_BxN = inputs.columns, inputs.waveform_BxN
-        n_samples = 0 if waveform_BxN is None else waveform_BxN.shape[1]
+        columns, waveform_BxKxN = inputs.columns, inputs.waveform_BxKxN
+        n_samples = 0 if waveform_BxKxN is None else math.prod(waveform_BxKxN.shape[1:])
         self.shapes.add((program.lora, n_rows, columns.tokens_BxT.shape[1], n_samples))
 
         number_B = np.array([p.number for p in batch] + [0] * (n_rows - len(batch)))
@@ -185,12 +187,12 @@ class Generator(Reader):
         answers = [AnswerText(self.system.tokenizer, stop_ids, stop) for _ in batch]
         stop_ids, finished_B = np.asarray(stop_ids, np.int32), np.arange(n_rows) >= len(batch)
         cache, state, segment_BxT = _prefill(self.variables, inputs, stop_ids, program, choice)
-        for n_until in [*range(every, self._max_new, every), self._max_new]:
+        for n_until in [*range(every, self.max_new_tokens, every), self.max_new_tokens]:
             cache, state = _decode(
                 self.variables, cache, state, segment_BxT, stop_ids, finished_B, np.int32(n_until), program
             )
             for answer, token_G in zip(answers, np.asarray(state.token_BxG), strict=False):
-                answer.read(token_G[:n_until].tolist(), is_whole=n_until == self._max_new)
+                answer.read(token_G[:n_until].tolist(), is_whole=n_until == self.max_new_tokens)
             yield answers
             finished_B[: len(batch)] = [answer.ended for answer in answers]
             if finished_B.all():

@@ -133,7 +133,7 @@ class Reader:
 
     def _program(self, prompt: Prompt, n_new: int) -> Program:
         """Returns the program of a prompt's kind: text and speech are different ones."""
-        lora = self._text_lora if prompt.waveform is None else self._speech_lora
+        lora = self._text_lora if not prompt.clips else self._speech_lora
         return Program(self._model, self._mesh, lora, n_new, self.system.config.model.normalisation)
 
 
@@ -172,18 +172,20 @@ def read(variables: Mapping[str, Any], inputs: Inputs, program: Program) -> tupl
     [B, T]: 0 where there is no token, or an embedder that decides made none."""
     inputs = _rows_on_mesh(inputs, program.mesh)
     columns, c = inputs.columns, program.model.config
-    if inputs.waveform_BxN is None:
+    if inputs.waveform_BxKxN is None or inputs.n_samples_BxK is None:
         x_BxTxD = program.apply(variables, columns.tokens_BxT, method="embed_text")
         ctx = text_context(columns.position_BxT, columns.segment_BxT)
     else:
-        mel_BxFxM = features.log_mel(
-            inputs.waveform_BxN,
+        B, K, N = inputs.waveform_BxKxN.shape
+        mel_CxFxM = features.log_mel(  # C clips: those of all rows
+            inputs.waveform_BxKxN.reshape(B * K, N),
             c.embedder.n_mels,
-            n_samples_B=inputs.n_samples_B,
+            n_samples_B=inputs.n_samples_BxK.reshape(B * K),
             normalisation=program.normalisation,
         )
-        n_frames_B = features.n_frames(inputs.n_samples_B)
-        heard = program.apply(variables, columns, mel_BxFxM[:, None], n_frames_B[:, None], False, method="hear")
+        mel_BxKxFxM = mel_CxFxM.reshape(B, K, *mel_CxFxM.shape[1:])
+        n_frames_BxK = features.n_frames(inputs.n_samples_BxK)
+        heard = program.apply(variables, columns, mel_BxKxFxM, n_frames_BxK, False, method="hear")
         x_BxTxD, columns = heard.x_BxTxD, heard.columns
         ctx = program.apply(variables, columns, method="context").replace(tap_position_BxQ=None)
         if program.lora == EVERYWHERE:
