@@ -386,6 +386,15 @@ def load(workdir: Path, which: str = "best", overrides: Sequence[str] = ()) -> t
     return built, sharding.join(own, {"params": base})
 
 
+def check_llm(config: Config, found: str, wanted: str | None) -> None:
+    """Raises UserError if weights that want an LLM of that fingerprint (None: any) found another one."""
+    if wanted not in (None, found):
+        raise UserError(
+            f"the weights are for another base: model.llm {config.model.llm} has fingerprint {found}, they want "
+            f"{wanted}"
+        )
+
+
 def inference_step(workdir: Path, which: str = "best") -> int:
     """Returns the step whose weights `load_for_inference` loads."""
     return inference_meta(workdir, which)[0]

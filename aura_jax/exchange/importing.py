@@ -1,17 +1,19 @@
-"""From PyTorch: a PEFT adapter, an `hf` export of ours, or a plain LLM, to a workdir at step 0.
+"""From PyTorch: a PEFT adapter, an `hf` export of ours, or a plain LLM, to a workdir at step 0, or into memory.
 
 What belongs to the weights (`_of_weights`) comes from the directory, all else of the configuration from the run that
 the directory was exported from, or from a config file. Training, evaluation, answers and exports go on from there.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from aura_jax import checkpoint, sharding, system
 from aura_jax import config as config_lib
-from aura_jax import sharding, system
 from aura_jax.audio.features import ENCODER_RATE
 from aura_jax.config import Config
 from aura_jax.convert import audio_embedder, gguf, hf, peft
@@ -19,19 +21,88 @@ from aura_jax.errors import UserError
 from aura_jax.exchange.export import AUDIO_CONFIG
 from aura_jax.exchange.folder import new_folder
 from aura_jax.models.lora import LoRAConfig
+from aura_jax.system import System
 from aura_jax.train import loop
 
 _LORA_KEYS = ("n_blocks", "rank", "alpha", "rslora", "targets", "scope")
 
 
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a directory holds.
+
+    Attributes:
+      leaves: path -> array, of variables that are not the LLM's own.
+      llm_fingerprint: of the LLM that they belong to; None: of the one in the directory, or unknown.
+      remarks: lines that say what was taken from where.
+    """
+
+    config: Config
+    leaves: dict[str, np.ndarray]
+    llm_fingerprint: str | None
+    remarks: list[str]
+
+    def to_workdir(self, workdir: Path) -> list[str]:
+        """Makes a workdir at step 0; returns the remarks.
+
+        Raises:
+          UserError: as `loop.begin`.
+        """
+        loop.begin(self.config, workdir, self.leaves, llm_fingerprint=self.llm_fingerprint)
+        return self.remarks
+
+
+def is_export(directory: Path) -> bool:
+    """Whether this is a folder that `exchange.export` wrote, in any of its formats."""
+    return (directory / AUDIO_CONFIG).is_file()
+
+
+def load_for_inference(directory: Path, overrides: Sequence[str] = ()) -> tuple[System, dict[str, Any]]:
+    """Returns the system of an export and its variables `params` and `lora`, as `checkpoint.load_for_inference`.
+
+    Args:
+      directory: of the format `peft`, `hf` or `merged`; the last has no `lora`.
+      overrides: `--config.KEY=VALUE` for what another machine may need; of `peft` also model.llm, the base.
+
+    Raises:
+      UserError: as `import_peft` and `import_hf`, or a key that may not change.
+    """
+    is_adapter = (directory / peft.CONFIG).is_file()
+    config_lib.override(config_lib.default(), overrides, (*checkpoint.INFERENCE_KEYS, *["model.llm"] * is_adapter))
+    contents = (read_peft if is_adapter else read_hf)(directory, overrides)
+    built = system.build(contents.config)
+    mesh = checkpoint.system_mesh(contents.config)
+    base = system.load_base(built, mesh)
+    if contents.llm_fingerprint is not None:
+        checkpoint.check_llm(contents.config, checkpoint.fingerprint(base["llm"]), contents.llm_fingerprint)
+    shardings = sharding.tree_shardings(contents.leaves, mesh)
+    leaves = {path: jax.device_put(leaf, shardings[path]) for path, leaf in contents.leaves.items()}
+    return built, sharding.join(leaves, {"params": base})
+
+
 def import_peft(directory: Path, workdir: Path, config_arguments: Sequence[str] = ()) -> list[str]:
-    """Makes a workdir at step 0 from a PEFT adapter: ours, with its audio embedder, or any that PEFT trained.
+    """Makes a workdir at step 0 of what `read_peft` reads; returns lines that say what was taken from where.
+
+    Raises:
+      UserError: as `read_peft` and `loop.begin`.
+    """
+    return read_peft(directory, config_arguments).to_workdir(workdir)
+
+
+def import_hf(directory: Path, workdir: Path, config_arguments: Sequence[str] = ()) -> list[str]:
+    """Makes a workdir at step 0 of what `read_hf` reads; returns lines that say what was taken from where.
+
+    Raises:
+      UserError: as `read_hf` and `loop.begin`.
+    """
+    return read_hf(directory, config_arguments).to_workdir(workdir)
+
+
+def read_peft(directory: Path, config_arguments: Sequence[str] = ()) -> Contents:
+    """Reads a PEFT adapter: ours, with its audio embedder, or any that PEFT trained.
 
     Args:
       config_arguments: `--config=FILE` (needed for an adapter that was not exported here) and `--config.KEY=VALUE`.
-
-    Returns:
-      Lines that say what was taken from where.
 
     Raises:
       UserError: a directory, configuration or base that do not fit each other; the line names what differs.
@@ -50,15 +121,14 @@ def import_peft(directory: Path, workdir: Path, config_arguments: Sequence[str] 
     leaves = {f"lora/{path}": leaf for path, leaf in leaves.items()}
     if about:
         leaves |= _embedder(config, hf.read_tensors(directory / audio_embedder.WEIGHTS), directory)
-    loop.begin(config, workdir, leaves, llm_fingerprint=about["base"]["fingerprint"] if about else None)
-    return [*taken, f"{len(leaves)} variables from {directory}", *_fresh(about is None, "the audio embedder")]
+    remarks = [*taken, f"{len(leaves)} variables from {directory}", *_fresh(about is None, "the audio embedder")]
+    return Contents(config, leaves, about["base"]["fingerprint"] if about else None, remarks)
 
 
-def import_hf(directory: Path, workdir: Path, config_arguments: Sequence[str] = ()) -> list[str]:
-    """Makes a workdir at step 0 from an `hf` or `merged` export of ours, or from a plain LLM.
+def read_hf(directory: Path, config_arguments: Sequence[str] = ()) -> Contents:
+    """Reads an `hf` or `merged` export of ours, or a plain LLM.
 
-    The directory becomes the run's base. Arguments, result and errors as `import_peft`; a plain LLM needs
-    `--config=FILE`.
+    The directory becomes the base. Arguments and errors as `read_peft`; a plain LLM needs `--config=FILE`.
     """
     is_aura = hf.is_aura(directory)
     about = _about(directory)
@@ -85,14 +155,14 @@ def import_hf(directory: Path, workdir: Path, config_arguments: Sequence[str] = 
         leaves |= _embedder(config, embedder, directory)
     elif about:
         leaves = _embedder(config, hf.read_tensors(directory / audio_embedder.WEIGHTS), directory)
-    loop.begin(config, workdir, leaves)
     lacks_lora = not any(path.startswith("lora/") for path in leaves)
-    return [
+    remarks = [
         *taken,
         f"the LLM and {len(leaves)} variables from {directory}",
         *_fresh(lacks_lora, "LoRA"),
         *_fresh(about is None, "the audio embedder"),
     ]
+    return Contents(config, leaves, None, remarks)
 
 
 def import_gguf(file: Path, output: Path) -> None:

@@ -174,11 +174,7 @@ class _Run:
     def begin(self, leaves: Mapping[str, np.ndarray], llm_fingerprint: str | None) -> None:
         """Saves step 0 with `leaves` in place of what was drawn."""
         try:
-            if llm_fingerprint not in (None, self.meta["llm_fingerprint"]):
-                raise UserError(
-                    f"the weights are for another base: model.llm {self.config.model.llm} has fingerprint "
-                    f"{self.meta['llm_fingerprint']}, they want {llm_fingerprint}"
-                )
+            checkpoint.check_llm(self.config, self.meta["llm_fingerprint"], llm_fingerprint)
             drawn = sharding.flatten(self.variables)
             placed = {path: jax.device_put(leaf, drawn[path].sharding) for path, leaf in leaves.items()}
             self.variables = sharding.join(placed, self.variables)
