@@ -77,10 +77,10 @@ def write_workdir() -> Callable[[system.System, dict, Path], Path]:
     def write(built: system.System, variables: dict, workdir: Path) -> Path:
         workdir.mkdir()
         (workdir / "config.json").write_text(config.to_json(built.config))
-        own = {p: x for p, x in sharding.flatten(variables).items() if not p.startswith("params/llm/")}
+        own = {p: x for p, x in sharding.flatten(variables).items() if not p.startswith(system.BASE)}
         checkpoints = checkpoint.Checkpoints(workdir, built.config)
-        fingerprint = checkpoint.fingerprint(variables["params"]["llm"])
-        checkpoints.save(1, own, {"step": jax.numpy.int32(1)}, {"llm_fingerprint": fingerprint, "seconds": 1.5})
+        meta = {**checkpoint.fingerprints(variables["params"]), "seconds": 1.5}
+        checkpoints.save(1, own, {"step": jax.numpy.int32(1)}, meta)
         checkpoints.close()
         return workdir
 
