@@ -27,6 +27,8 @@ def cut_in_pauses(waveform_S: np.ndarray, longest: int) -> list[tuple[int, int]]
     """
     if longest < _SHORTEST:
         raise ValueError(f"pieces of {longest} samples: at least {_SHORTEST}")
+    if len(waveform_S) <= longest:
+        return [(0, len(waveform_S))]
     n_frames = len(waveform_S) // HOP
     power_F = np.square(waveform_S[: n_frames * HOP].reshape(n_frames, HOP)).sum(1, dtype=np.float64)
     around_FxN = np.lib.stride_tricks.sliding_window_view(np.pad(power_F, _NEAR), 2 * _NEAR + 1)
