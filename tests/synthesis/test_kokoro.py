@@ -44,7 +44,6 @@ def test_silence_at_the_ends_is_cut_to_a_margin():
 
 @pytest.mark.slow  # fetches 94 MB the first time, and reads the model
 def test_the_real_model_speaks():
-    pytest.importorskip("onnxruntime")
     synthesizer = kokoro.Kokoro()
     assert len(synthesizer.voices) == 28 and set(kokoro.TEST_VOICES) < set(synthesizer.voices)
     slow = synthesizer.speak("Good morning.", "af_heart", 0.9)
