@@ -4,7 +4,7 @@ Dimensions: S samples of a waveform at 16 kHz.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypedDict, Unpack, overload
 
@@ -25,6 +25,7 @@ from aura_jax.infer.answer_text import checked_stop
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request, tokenise
 from aura_jax.infer.sampling import Sampling
+from aura_jax.infer.stream import Session
 from aura_jax.models.lora import float_dtype, merge
 from aura_jax.system import System
 
@@ -240,6 +241,37 @@ class Model:
         self._check(generator, requests, adapters)
         return _in_turn([generator.stream(r, **how, every=every) for r in requests])
 
+    def listen(
+        self,
+        prompt: str | None = None,
+        *,
+        history: Sequence[Mapping[str, str]] = (),
+        rate: float = features.SAMPLE_RATE,
+        max_seconds: float | None = None,
+        max_new_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> Session:
+        """Returns a session that hears one turn while it is spoken: `push` samples, then `finish`, or `reply`.
+
+        Only a model that does not look ahead can, such as one of configs/quickstart_streaming.py.
+
+        Args:
+          history: earlier turns of text, {"role", "content"}, oldest first.
+          rate: of the samples that will be pushed, in Hz.
+          max_seconds: of speech, for which there is room; None: `longest_seconds`.
+          prompt, max_new_tokens, options: as of `generate`.
+
+        Raises:
+          UserError: the model does not stream (the line says what would), values out of range, or more tokens than the
+            LLM has positions.
+        """
+        how = _how(**options)
+        session = Session(
+            self._generator(max_new_tokens, None), prompt, history=history, rate=rate, max_seconds=max_seconds, **how
+        )
+        self._check_positions(session.n_most, session.n_new)
+        return session
+
     def chat(self) -> "Chat":
         """Returns a conversation that has not begun."""
         return Chat(self)
@@ -288,12 +320,14 @@ class Model:
             prompt = tokenise(self.system, i, request)
             if prompt.clips and adapters is not None:
                 raise UserError(f"adapters={adapters} is for text: without them nothing is heard; leave it out")
-            n = prompt.n_tokens(self.system.config.embedder.token_rate) + generator.max_new_tokens
-            if self._n_positions is not None and n > self._n_positions:
-                raise UserError(
-                    f"{n - generator.max_new_tokens} tokens to read and max_new_tokens {generator.max_new_tokens} are "
-                    f"more than the {self._n_positions} positions of {self.system.llm_dir}: shorten one of them"
-                )
+            self._check_positions(prompt.n_tokens(self.system.config.embedder.token_rate), generator.max_new_tokens)
+
+    def _check_positions(self, n_read: int, n_new: int) -> None:
+        if self._n_positions is not None and n_read + n_new > self._n_positions:
+            raise UserError(
+                f"{n_read} tokens to read and max_new_tokens {n_new} are more than the {self._n_positions} positions "
+                f"of {self.system.llm_dir}: shorten one of them"
+            )
 
 
 class Chat:

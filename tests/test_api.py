@@ -35,6 +35,13 @@ def model(tiny_workdir) -> Model:
 
 
 @pytest.fixture(scope="module")
+def streaming_workdir(tiny_config, tiny_loaded, write_workdir, tmp_path_factory) -> Path:
+    c = tiny_config()
+    c.model.mask, c.model.normalisation = "causal", "streaming"
+    return write_workdir(system_lib.build(c), tiny_loaded[1], tmp_path_factory.mktemp("runs") / "streaming")
+
+
+@pytest.fixture(scope="module")
 def exported(tiny_workdir, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exported")
     return {name: export_run(tiny_workdir, root / name, name, force=name == "merged") for name in FORMATS}
@@ -250,9 +257,27 @@ def test_the_command_line_takes_exports(exported, answer, tmp_path, capsys):
     assert "not allowed with argument" in capsys.readouterr().err
 
 
-def test_the_page_s_code_runs(tiny_workdir, tmp_path, monkeypatch):
+def test_a_model_listens(model, streaming_workdir, monkeypatch):
+    streams = Model(streaming_workdir, adapters="merged")
+    session = streams.listen("Answer.", rate=8000, max_new_tokens=5, stop="!", temperature=0.5, seed=2)
+    for start in range(0, len(CLIP), 1000):
+        session.push(CLIP[start : start + 1000])
+    expected = streams.generate((CLIP, 8000), "Answer.", max_new_tokens=5, stop="!", temperature=0.5, seed=2)
+    assert session.reply().tokens == expected.tokens
+    with pytest.raises(UserError, match=r"model.mask 'bidirectional' hears whole clips only"):
+        model.listen()
+    with pytest.raises(UserError, match="stop '': an empty string"):
+        streams.listen(stop="")
+    monkeypatch.setattr(streams, "_n_positions", 380)
+    streams.listen(max_seconds=20, max_new_tokens=5)
+    with pytest.raises(UserError, match="tokens to read and max_new_tokens 5 are more than the 380 positions"):
+        streams.listen(max_seconds=30, max_new_tokens=5)
+
+
+def test_the_page_s_code_runs(tiny_workdir, streaming_workdir, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(tiny_workdir)
+    (tmp_path / "runs" / "quickstart-streaming").symlink_to(streaming_workdir)
     for name in ("clip.wav", "other.wav"):
         soundfile.write(tmp_path / name, CLIP, 16000)
     soundfile.write(tmp_path / "meeting.wav", CLIP, 16000)

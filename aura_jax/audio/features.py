@@ -130,7 +130,7 @@ def log_mel(
       ValueError: S is not a multiple of 160; reflect_end with n_samples_B (the result would depend on S) or with a
         window too short to reflect; an unknown normalisation.
     """
-    n_rows, n_samples = waveform_BxS.shape
+    n_samples = waveform_BxS.shape[1]
     if n_samples % HOP:
         raise ValueError(f"log_mel needs a multiple of {HOP} samples, got {n_samples}: pad with zeros")
     if normalisation not in ("whisper", "streaming"):
@@ -138,7 +138,6 @@ def log_mel(
     if reflect_end and (n_samples_B is not None or n_samples <= N_FFT):
         raise ValueError("reflect_end is for a whole window: leave n_samples_B out, and give more than 400 samples")
 
-    waveform_BxS = waveform_BxS.astype(jnp.float32)
     if n_samples_B is not None:
         # Select, do not multiply: 0 * NaN in the padding would be NaN.
         waveform_BxS = jnp.where(jnp.arange(n_samples) < n_samples_B[:, None], waveform_BxS, 0.0)
@@ -146,13 +145,7 @@ def log_mel(
     half = N_FFT // 2
     tail = 2 * HOP - half  # frames + 2 hops in all: the last window starts at hop frames - 1 and spans 2.5
     end_BxS = jnp.pad(waveform_BxS, ((0, 0), (0, tail)), mode="reflect" if reflect_end else "constant")
-    padded_BxS = jnp.pad(end_BxS, ((0, 0), (half, 0)), mode="reflect")
-    hops = padded_BxS.reshape(n_rows, frames + 2, HOP)
-    frame_BxFxN = jnp.concatenate([hops[:, :-2], hops[:, 1:-1], hops[:, 2:, : N_FFT - 2 * HOP]], axis=-1)
-
-    mel_BxFxM = jnp.dot(_power_spectrum(frame_BxFxN), _mel_filters_CxM(n_mels), precision="highest")
-    log_BxFxM = jnp.log10(jnp.maximum(mel_BxFxM, _POWER_FLOOR))
-
+    log_BxFxM = _log_power(jnp.pad(end_BxS, ((0, 0), (half, 0)), mode="reflect"), n_mels)
     loudest_BxF = jnp.max(log_BxFxM, axis=-1)
     valid_BxF = None
     if n_samples_B is not None:
@@ -162,5 +155,34 @@ def log_mel(
         maximum_BxF = jnp.max(loudest_BxF, axis=-1, keepdims=True, initial=-jnp.inf)
     else:
         maximum_BxF = jax.lax.cummax(loudest_BxF, axis=1)
-    mel_BxFxM = (jnp.maximum(log_BxFxM, maximum_BxF[..., None] - _DYNAMIC_RANGE) + 4.0) / 4.0
+    mel_BxFxM = _scaled(log_BxFxM, maximum_BxF)
     return mel_BxFxM if valid_BxF is None else jnp.where(valid_BxF[..., None], mel_BxFxM, 0.0)
+
+
+def log_mel_of_piece(padded_BxS: jax.Array, maximum_B: jax.Array, n_mels: int = 80) -> tuple[jax.Array, jax.Array]:
+    """The log-mel of a piece of a clip, with the normalisation "streaming".
+
+    Args:
+      padded_BxS: float, 16 kHz, S = 160 (F + 2): the samples around F frames, from 200 before the centre of the first.
+        Before a clip's start they are its reflection, after its end zeros, as `log_mel` has them.
+      maximum_B: f32, the largest log10 power of the clip before the piece; -inf of its first.
+
+    Returns:
+      mel_BxFxM: as of `log_mel` of the whole clip.
+      maximum_BxG: f32, G = F + 1, the largest log10 power before each frame, and before the one that comes next.
+    """
+    log_BxFxM = _log_power(padded_BxS, n_mels)
+    maximum_BxG = jax.lax.cummax(jnp.concatenate([maximum_B[:, None], jnp.max(log_BxFxM, axis=-1)], axis=1), axis=1)
+    return _scaled(log_BxFxM, maximum_BxG[:, 1:]), maximum_BxG
+
+
+def _log_power(padded_BxS: jax.Array, n_mels: int) -> jax.Array:
+    """Log10 of the mel power [B, F, n_mels]; S = 160 (F + 2), from half a window before the first frame's centre."""
+    hops = padded_BxS.astype(jnp.float32).reshape(len(padded_BxS), -1, HOP)
+    frame_BxFxN = jnp.concatenate([hops[:, :-2], hops[:, 1:-1], hops[:, 2:, : N_FFT - 2 * HOP]], axis=-1)
+    mel_BxFxM = jnp.dot(_power_spectrum(frame_BxFxN), _mel_filters_CxM(n_mels), precision="highest")
+    return jnp.log10(jnp.maximum(mel_BxFxM, _POWER_FLOOR))
+
+
+def _scaled(log_BxFxM: jax.Array, maximum_BxF: jax.Array) -> jax.Array:
+    return (jnp.maximum(log_BxFxM, maximum_BxF[..., None] - _DYNAMIC_RANGE) + 4.0) / 4.0

@@ -77,11 +77,6 @@ def from_samples(samples_S: np.ndarray, rate: float, *, name: str = "audio") -> 
     Raises:
       AudioError: they are not one channel of floats, none, NaN or infinite, or the rate is none of audio.
     """
-    if samples_S.ndim != 1 or not np.issubdtype(samples_S.dtype, np.floating):
-        shape = list(samples_S.shape)
-        raise AudioError(f"{name}: samples {samples_S.dtype}{shape}: give one channel of floats, from -1 to 1")
-    if len(samples_S) and not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
-        raise AudioError(f"{name}: sample rate {rate} Hz: give that of the samples")
     return _waveform([samples_S], rate, name)
 
 
@@ -97,25 +92,65 @@ def _channel(file: soundfile.SoundFile, name: str, max_seconds: float) -> Iterat
             yield values_SxC[:, 0] if file.channels == 1 else values_SxC.mean(axis=1)
 
 
-def _waveform(blocks: Iterable[np.ndarray], rate: float, name: str) -> np.ndarray:
-    """Checks blocks of samples as they come, and joins them at 16 kHz."""
-    resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, quality="HQ")
-    parts, n_samples = [], 0
-    for samples_S in blocks:
+class Blocks:
+    """Turns blocks of decoded samples into blocks at 16 kHz as they come, resampled with soxr's "HQ" filter.
+
+    Attributes:
+      n_samples: given so far, at their own rate.
+    """
+
+    def __init__(self, rate: float, *, name: str = "audio"):
+        """
+        Args:
+          rate: sample rate in Hz.
+          name: what an error calls them.
+
+        Raises:
+          AudioError: the rate is none of audio.
+        """
+        if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+            raise AudioError(f"{name}: sample rate {rate} Hz: give that of the samples")
+        self.n_samples = 0
+        self._rate, self._name = rate, name
+        self._resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, quality="HQ")
+
+    def push(self, samples_S: np.ndarray) -> np.ndarray:
+        """Returns what is known at 16 kHz after this block: float32 [T], T >= 0.
+
+        Args:
+          samples_S: any float [S], S >= 0, nominally in [-1, 1].
+
+        Raises:
+          AudioError: it is not one channel of floats, or has NaN or infinite ones; it then counts for nothing.
+        """
+        if samples_S.ndim != 1 or not np.issubdtype(samples_S.dtype, np.floating):
+            what = f"samples {samples_S.dtype}{list(samples_S.shape)}"
+            raise AudioError(f"{self._name}: {what}: give one channel of floats, from -1 to 1")
         with np.errstate(over="ignore"):  # of float64: infinite then, and refused
             samples_S = np.ascontiguousarray(samples_S, dtype=np.float32)
         sound_S = np.abs(samples_S) <= _LOUDEST
         if not sound_S.all():
             first = int(np.argmin(sound_S))
             what = f"samples of {samples_S[first]:.3g}" if np.isfinite(samples_S[first]) else "NaN or infinite samples"
-            raise AudioError(f"{name}: {what}, the first at {(n_samples + first) / rate:.3f} s: export the clip again")
-        n_samples += len(samples_S)
-        parts.append(samples_S if resampler is None else resampler.resample_chunk(samples_S))
-    if not n_samples:
+            where = f"{(self.n_samples + first) / self._rate:.3f} s"
+            raise AudioError(f"{self._name}: {what}, the first at {where}: export the clip again")
+        self.n_samples += len(samples_S)
+        return samples_S if self._resampler is None else self._resampler.resample_chunk(samples_S)
+
+    def end(self) -> np.ndarray:
+        """Returns what the filter still holds: float32 [T], T >= 0."""
+        if self._resampler is None:
+            return np.zeros(0, np.float32)
+        return self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _waveform(parts: Iterable[np.ndarray], rate: float, name: str) -> np.ndarray:
+    """Checks blocks of samples as they come, and joins them at 16 kHz."""
+    blocks = Blocks(rate, name=name)
+    resampled = [blocks.push(samples_S) for samples_S in parts]
+    if not blocks.n_samples:
         raise _no_samples(name)
-    if resampler is not None:
-        parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    waveform_S = np.concatenate(parts)
+    waveform_S = np.concatenate([*resampled, blocks.end()])
     if not len(waveform_S):
         raise AudioError(f"{name}: too short for one sample at {SAMPLE_RATE} Hz: record it again")
     return waveform_S

@@ -55,7 +55,22 @@ class Reply:
 
 
 @struct.dataclass
-class _Answers:
+class Prompted:
+    """What the decode loop has to know of the prompts in a cache.
+
+    Attributes:
+      segment_BxS: of the cache's columns: 0 where there is no token; 1 in those of the answer.
+      n_columns: scalar, where the answer begins.
+      n_tokens_B: read so far, padding left out: the position of the answer's first token.
+    """
+
+    segment_BxS: jax.Array
+    n_columns: jax.Array
+    n_tokens_B: jax.Array
+
+
+@struct.dataclass
+class Answers:
     """What the decode loop carries beside the cache.
 
     Attributes:
@@ -154,14 +169,7 @@ class Generator(Reader):
         """
         if every < 1:
             raise UserError(f"every {every}: at least 1 token at a time")
-        return self._stream(tokenise(self.system, 0, request), sampling, checked_stop(stop), every)
-
-    def _stream(self, prompt: Prompt, sampling: Sampling, stop: Sequence[str], every: int) -> Iterator[str]:
-        n_told = 0
-        for (answer,) in self._decoded([prompt], sampling, stop, every):
-            if len(answer.text) > n_told:
-                yield answer.text[n_told:]
-                n_told = len(answer.text)
+        return told(self._decoded([tokenise(self.system, 0, request)], sampling, checked_stop(stop), every))
 
     def _run(self, batch: Sequence[Prompt], sampling: Sampling, stop: Sequence[str]) -> list[Reply]:
         start = time.perf_counter()
@@ -173,7 +181,7 @@ class Generator(Reader):
         self, batch: Sequence[Prompt], sampling: Sampling, stop: Sequence[str], every: int
     ) -> Iterator[list[AnswerText]]:
         """Yields the answers to a batch after `every` tokens, after twice as many, and so on to their ends."""
-        n_rows, program = self._n_rows(len(batch)), self._program(batch[0], self.max_new_tokens)
+        n_rows, program = self.n_rows(len(batch)), self.program(bool(batch[0].clips), self.max_new_tokens)
         inputs = lay_out(self.system, batch, n_rows)
         columns, waveform_BxKxN = inputs.columns, inputs.waveform_BxKxN
         n_samples = 0 if waveform_BxKxN is None else math.prod(waveform_BxKxN.shape[1:])
@@ -183,20 +191,48 @@ class Generator(Reader):
         is_text_BxT = np.asarray((columns.segment_BxT != 0) & (columns.audio_source_BxT < 0))
         tokens_BxT, vocab = np.asarray(columns.tokens_BxT), self._model.config.llm.vocab
         choice = Choice.of(sampling, number_B, tokens_BxT, is_text_BxT, vocab)
-        stop_ids = self.system.chat.stop_ids
-        answers = [AnswerText(self.system.tokenizer, stop_ids, stop) for _ in batch]
-        stop_ids, finished_B = np.asarray(stop_ids, np.int32), np.arange(n_rows) >= len(batch)
-        cache, state, segment_BxT = _prefill(self.variables, inputs, stop_ids, program, choice)
-        for n_until in [*range(every, self.max_new_tokens, every), self.max_new_tokens]:
+        stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
+        cache, state, prompted = _prefill(self.variables, inputs, stop_ids, program, choice)
+        yield from self.decoded(cache, state, prompted, program, len(batch), stop, every)
+
+    def decoded(
+        self,
+        cache: Cache,
+        state: Answers,
+        prompted: Prompted,
+        program: Program,
+        n_answers: int,
+        stop: Sequence[str],
+        every: int,
+    ) -> Iterator[list[AnswerText]]:
+        """Yields the answers in the first rows after `every` tokens, after twice as many, and so on to their ends.
+
+        Args:
+          cache: of prompts that have been read; it is donated.
+          state: the first tokens of their answers.
+        """
+        stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
+        answers = [AnswerText(self.system.tokenizer, self.system.chat.stop_ids, stop) for _ in range(n_answers)]
+        finished_B = np.arange(len(state.finished_B)) >= n_answers
+        for n_until in [*range(every, program.n_new, every), program.n_new]:
             cache, state = _decode(
-                self.variables, cache, state, segment_BxT, stop_ids, finished_B, np.int32(n_until), program
+                self.variables, cache, state, prompted, stop_ids, finished_B, np.int32(n_until), program
             )
             for answer, token_G in zip(answers, np.asarray(state.token_BxG), strict=False):
-                answer.read(token_G[:n_until].tolist(), is_whole=n_until == self.max_new_tokens)
+                answer.read(token_G[:n_until].tolist(), is_whole=n_until == program.n_new)
             yield answers
-            finished_B[: len(batch)] = [answer.ended for answer in answers]
+            finished_B[:n_answers] = [answer.ended for answer in answers]
             if finished_B.all():
                 return
+
+
+def told(readings: Iterator[list[AnswerText]]) -> Iterator[str]:
+    """Yields what each reading of one answer knows beyond the one before."""
+    n_told = 0
+    for (answer,) in readings:
+        if len(answer.text) > n_told:
+            yield answer.text[n_told:]
+            n_told = len(answer.text)
 
 
 def plain_generator(config: Config, max_new_tokens: int | None = None) -> Generator:
@@ -214,56 +250,61 @@ def plain_generator(config: Config, max_new_tokens: int | None = None) -> Genera
 @functools.partial(jax.jit, static_argnames="program")
 def _prefill(
     variables: Mapping[str, Any], inputs: Inputs, stop_ids: jax.Array, program: Program, choice: Choice
-) -> tuple[Cache, _Answers, jax.Array]:
-    """Reads the prompts; returns the cache, T + n_new columns long, the answers with their first tokens, and the
-    segments [B, T] of the columns that were read."""
+) -> tuple[Cache, Answers, Prompted]:
+    """Reads the prompts; returns the cache, T + n_new columns long, the answers with their first tokens, and what
+    decoding goes on from."""
     h_BxTxD, cache, segment_BxT = read(variables, inputs, program)
-    last_B = segment_BxT.shape[1] - 1 - jnp.argmax(segment_BxT[:, ::-1] != 0, axis=1)
+    n_columns = segment_BxT.shape[1]
+    last_B = n_columns - 1 - jnp.argmax(segment_BxT[:, ::-1] != 0, axis=1)
     h_BxD = jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-    token_B = next_token(program.apply(variables, h_BxD, method="logits"), choice, 0)
+    state = first_tokens(program.apply(variables, h_BxD, method="logits"), stop_ids, program, choice)
+    segment_BxS = jnp.pad(segment_BxT, ((0, 0), (0, program.n_new)), constant_values=1)
+    return cache, state, Prompted(segment_BxS, jnp.int32(n_columns), (segment_BxT != 0).sum(1))
+
+
+def first_tokens(logits_BxV: jax.Array, stop_ids: jax.Array, program: Program, choice: Choice) -> Answers:
+    """Returns the answers that begin where prompts end: `logits_BxV` are of their last tokens."""
+    token_B = next_token(logits_BxV, choice, 0)
     token_BxG = jnp.full((len(token_B), program.n_new), stop_ids[0]).at[:, 0].set(token_B)
-    state = _Answers(jnp.int32(1), token_BxG, jnp.isin(token_B, stop_ids), choice.after(token_B))
-    return cache, _for_all_hosts(state, program), segment_BxT
+    state = Answers(jnp.int32(1), token_BxG, jnp.isin(token_B, stop_ids), choice.after(token_B))
+    return _for_all_hosts(state, program)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _decode(
     variables: Mapping[str, Any],
     cache: Cache,
-    state: _Answers,
-    segment_BxT: jax.Array,
+    state: Answers,
+    prompted: Prompted,
     stop_ids: jax.Array,
     finished_B: jax.Array,
     n_until: jax.Array,
     program: Program,
-) -> tuple[Cache, _Answers]:
+) -> tuple[Cache, Answers]:
     """Decodes until the answers have `n_until` tokens or are finished; returns the cache (it is donated) and the state.
 
     Args:
       cache, state: of the prefill, or of the piece before.
-      segment_BxT: of the prompt's columns.
       stop_ids: ids that end an answer.
       finished_B: rows that the host knows to need no more: empty ones, and those that a stop string ended.
       n_until: scalar, at most n_new.
     """
     if program.lora == AT_AUDIO:  # answer tokens are text, and see the base LLM's weights
         program = dataclasses.replace(program, lora=OFF)
-    n_rows, first_column = segment_BxT.shape
-    n_real_B = (segment_BxT != 0).sum(1)  # the position of the first answer token
-    segment_BxS = jnp.pad(segment_BxT, ((0, 0), (0, program.n_new)), constant_values=1)
+    n_rows = len(prompted.n_tokens_B)
 
-    def unfinished(carry: tuple[Cache, _Answers]) -> jax.Array:
+    def unfinished(carry: tuple[Cache, Answers]) -> jax.Array:
         _, state = carry
         return (state.n_done < n_until) & ~state.finished_B.all()
 
-    def one_token(carry: tuple[Cache, _Answers]) -> tuple[Cache, _Answers]:
+    def one_token(carry: tuple[Cache, Answers]) -> tuple[Cache, Answers]:
         cache, state = carry
-        column = first_column + state.n_done - 1
+        column = prompted.n_columns + state.n_done - 1
         ctx = Context(
-            position_BxT=(n_real_B + state.n_done - 1)[:, None],
+            position_BxT=(prompted.n_tokens_B + state.n_done - 1)[:, None],
             k_end_BxT=jnp.broadcast_to(column + 1, (n_rows, 1)),
             q_segment_BxT=jnp.ones((n_rows, 1), jnp.int32),
-            k_segment_BxS=segment_BxS,
+            k_segment_BxS=prompted.segment_BxS,
             cache_start=column,
         )
         token_Bx1 = jax.lax.dynamic_slice_in_dim(state.token_BxG, state.n_done - 1, 1, axis=1)
@@ -272,7 +313,7 @@ def _decode(
         h_Bx1xD, cache = program.apply(variables, x_Bx1xD, ctx, cache, method="plain_blocks")
         logits_BxV = program.apply(variables, h_Bx1xD[:, 0], method="logits")
         token_B = jnp.where(state.finished_B, stop_ids[0], next_token(logits_BxV, state.choice, state.n_done))
-        return cache, _Answers(
+        return cache, Answers(
             n_done=state.n_done + 1,
             token_BxG=jax.lax.dynamic_update_slice(state.token_BxG, token_B[:, None], (0, state.n_done)),
             finished_B=state.finished_B | jnp.isin(token_B, stop_ids),
@@ -284,7 +325,7 @@ def _decode(
     return cache, _for_all_hosts(state, program)
 
 
-def _for_all_hosts(state: _Answers, program: Program) -> _Answers:
+def _for_all_hosts(state: Answers, program: Program) -> Answers:
     """Every host reads all answers."""
     if program.mesh is None:
         return state

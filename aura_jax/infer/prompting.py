@@ -167,8 +167,8 @@ def lay_out(system: System, batch: Sequence[Prompt], n_rows: int) -> Inputs:
 def _slots(system: System, batch: Sequence[Prompt], n_rows: int) -> Batch:
     """Prompts of text, or of one clip: the audio of all rows is in the same columns."""
     n_targets = _n_targets(batch)
-    n_prefix = _token_bucket(max(len(p.texts[0]) for p in batch))
-    n_suffix = _token_bucket(max(len(p.texts[1]) if p.clips else 0 for p in batch)) + n_targets
+    n_prefix = padded_length(max(len(p.texts[0]) for p in batch))
+    n_suffix = padded_length(max(len(p.texts[1]) if p.clips else 0 for p in batch)) + n_targets
     n_samples = max(p.n_bucket for p in batch)
     rate = system.config.embedder.token_rate
     n_audio = int(features.n_audio_tokens(n_samples, rate))
@@ -194,7 +194,7 @@ def _conversations(system: System, batch: Sequence[Prompt], n_rows: int) -> Batc
     n_targets, n_samples = _n_targets(batch), max(p.n_bucket for p in batch)
     shape = Shape(
         n_rows=n_rows,
-        n_tokens=_token_bucket(max(p.n_tokens(rate) for p in batch)) + n_targets,
+        n_tokens=padded_length(max(p.n_tokens(rate) for p in batch)) + n_targets,
         n_clips=batch[0].n_places,
         n_audio=int(features.n_audio_tokens(n_samples, rate)),
         n_samples=n_samples,
@@ -221,7 +221,7 @@ def _conversations(system: System, batch: Sequence[Prompt], n_rows: int) -> Batc
 def _n_targets(batch: Sequence[Prompt]) -> int:
     """Returns the columns for given answers."""
     n_targets = max(len(p.answer) for p in batch)
-    return _token_bucket(n_targets) if n_targets else 0
+    return padded_length(n_targets) if n_targets else 0
 
 
 def _sample_bucket(n_samples: int, seconds: Sequence[float]) -> int:
@@ -234,7 +234,7 @@ def _sample_bucket(n_samples: int, seconds: Sequence[float]) -> int:
     return -(-n_samples // step) * step
 
 
-def _token_bucket(n: int) -> int:
+def padded_length(n: int) -> int:
     """Returns `n` rounded up: to a multiple of 8, and of ever larger steps from 64 on, by a quarter at most."""
     step = 8
     while n > 8 * step:

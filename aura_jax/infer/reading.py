@@ -16,7 +16,7 @@ import numpy as np
 from aura_jax import sharding
 from aura_jax.audio import features
 from aura_jax.errors import UserError
-from aura_jax.infer.prompting import Inputs, Prompt, Request, lay_out, tokenise
+from aura_jax.infer.prompting import Inputs, Request, lay_out, tokenise
 from aura_jax.models.llm import Cache
 from aura_jax.models.speech_llm import text_context
 from aura_jax.system import System
@@ -101,7 +101,7 @@ class Reader:
         """
         prompt = tokenise(self.system, 0, request)
         inputs = lay_out(self.system, [prompt], self._row_multiple)
-        logits_BxTxV, segment_BxT = _prompt_logits(self.variables, inputs, self._program(prompt, n_new=0))
+        logits_BxTxV, segment_BxT = _prompt_logits(self.variables, inputs, self.program(bool(prompt.clips), n_new=0))
         return np.asarray(logits_BxTxV)[0, np.asarray(segment_BxT)[0] != 0]
 
     def answer_states(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> jax.Array:
@@ -123,17 +123,21 @@ class Reader:
             dataclasses.replace(tokenise(self.system, i, request), answer=answer)
             for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
-        inputs = lay_out(self.system, prompts, self._n_rows(len(prompts)))
-        return _answer_states(self.variables, inputs, self._program(prompts[0], n_new=0))
+        inputs = lay_out(self.system, prompts, self.n_rows(len(prompts)))
+        return _answer_states(self.variables, inputs, self.program(bool(prompts[0].clips), n_new=0))
 
-    def _n_rows(self, n: int) -> int:
-        # Up to a power of two (then the mesh's multiple): the last batch of a set must not compile anew each time.
+    def n_rows(self, n: int) -> int:
+        """Returns the rows of a batch of n requests.
+
+        They are rounded up to a power of two, and then to the mesh's multiple: the last batch of a set must not compile
+        anew each time.
+        """
         n_rows = min(1 << (n - 1).bit_length(), self.batch_size)
         return -(-n_rows // self._row_multiple) * self._row_multiple
 
-    def _program(self, prompt: Prompt, n_new: int) -> Program:
-        """Returns the program of a prompt's kind: text and speech are different ones."""
-        lora = self._text_lora if not prompt.clips else self._speech_lora
+    def program(self, is_spoken: bool, n_new: int) -> Program:
+        """Returns the program of requests with speech or without, whose answers have up to `n_new` tokens."""
+        lora = self._speech_lora if is_spoken else self._text_lora
         return Program(self._model, self._mesh, lora, n_new, self.system.config.model.normalisation)
 
 

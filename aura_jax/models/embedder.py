@@ -18,6 +18,7 @@ from aura_jax.sharding import keep_rows
 OF_FRAMES = ("stem", "patch")
 OF_STATES = ("stack", "conv", "cformer")
 KINDS = OF_FRAMES + OF_STATES
+FRAMES_AHEAD = {"stem": 1, "patch": 0}  # mel frames after those that a token covers, which it depends on as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +88,33 @@ class AudioEmbedder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, mel_NxFxM: jax.Array, n_frames_N: jax.Array) -> jax.Array:
+    def __call__(
+        self, mel_NxFxM: jax.Array, n_frames_N: jax.Array, first: jax.Array | None = None, n_most: int = 0
+    ) -> jax.Array:
         """Returns [N, A, D] with A = ceil(F / (2 frames_per_token)); tokens past a clip's end hold no meaning.
 
         Args:
           n_frames_N: valid mel frames of each clip; what follows does not change the valid tokens.
+          first: scalar, of pieces of clips: the number of the first token in its clip. It lacks the frames before it,
+            and is right only as the first of its clip.
+          n_most: tokens of the longest clip, where `first` is given.
         """
         c = self.config
+
+        def positions(n: int, per_token: int) -> jax.Array:
+            if first is None:
+                return jnp.asarray(sinusoids(n, c.width), self.dtype)
+            table = jnp.asarray(sinusoids(n_most * per_token + n, c.width), self.dtype)
+            return jax.lax.dynamic_slice_in_dim(table, first * per_token, n)
+
         if c.kind == "stem":
             stem = ConvStem(c.width, self.dtype, jnp.float32, name="stem")
             x_NxFxW = stem(mel_NxFxM, n_frames_N)
-            x_NxFxW = x_NxFxW + jnp.asarray(sinusoids(x_NxFxW.shape[1], c.width), self.dtype)
+            x_NxFxW = x_NxFxW + positions(x_NxFxW.shape[1], c.frames_per_token)
             x_NxAxW = stack_frames(x_NxFxW, (n_frames_N + 1) // 2, c.frames_per_token)
         else:
             x_NxAxW = stack_frames(mel_NxFxM.astype(self.dtype), n_frames_N, 2 * c.frames_per_token)
             x_NxAxW = nn.Dense(c.width, dtype=self.dtype, name="patch")(x_NxAxW)
-            x_NxAxW = x_NxAxW + jnp.asarray(sinusoids(x_NxAxW.shape[1], c.width), self.dtype)
+            x_NxAxW = x_NxAxW + positions(x_NxAxW.shape[1], 1)
         x_NxAxW = nn.LayerNorm(dtype=self.dtype, name="norm")(x_NxAxW)
         return sized_as_text(self, nn.Dense(c.out_width, dtype=self.dtype, name="proj")(x_NxAxW), self.dtype)

@@ -142,6 +142,11 @@ class SpeechLLM(nn.Module):
         audio_NxAxD = self.embedder(x_NxFxM, n_valid_N)
         return audio_NxAxD.reshape(B, K, *audio_NxAxD.shape[1:]), None, None
 
+    def embed_piece(self, mel_NxFxM: jax.Array, n_frames_N: jax.Array, first: jax.Array, n_most: int) -> jax.Array:
+        """Returns the audio tokens [N, A, D] of pieces of clips; arguments as of `AudioEmbedder`."""
+        assert isinstance(self.embedder, AudioEmbedder)
+        return self.embedder(mel_NxFxM, n_frames_N, first, n_most)
+
     def hear(
         self, columns: Columns, mel_BxKxFxM: jax.Array, n_frames_BxK: jax.Array, spans_are_known: bool = True
     ) -> Heard:

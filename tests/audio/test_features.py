@@ -194,3 +194,17 @@ def test_misuse(n_samples: int, options: dict, message: str):
     with pytest.raises(ValueError) as error:
         features.log_mel(np.zeros((1, n_samples), np.float32), **options)
     assert message in str(error.value)
+
+
+def test_a_piece_is_the_whole_s_streaming_log_mel():
+    waveform_S = np.random.default_rng(4).normal(size=16000).astype(np.float32) * np.linspace(
+        0, 1, 16000, dtype=np.float32
+    )
+    whole = features.log_mel(waveform_S[None], normalisation="streaming")
+    padded_S = np.concatenate([waveform_S[200:0:-1], waveform_S, np.zeros(120, np.float32)])
+    maximum_1 = np.array([-np.inf], np.float32)
+    for first, n in ((0, 7), (7, 33), (40, 60)):
+        piece_S = padded_S[first * 160 : (first + n + 2) * 160]
+        mel, maximum_1xG = features.log_mel_of_piece(piece_S[None], maximum_1)
+        np.testing.assert_allclose(mel[0], whole[0, first : first + n], atol=1e-5)
+        maximum_1 = maximum_1xG[:, -1]

@@ -300,3 +300,11 @@ def test_a_stream_that_gives_little_at_a_time_is_read_to_its_end():
             return super().read(1000)
 
     np.testing.assert_array_equal(load_audio(Slow(stream.getvalue())), load_audio(stream.getvalue()))
+
+
+def test_blocks_are_the_whole():
+    samples = tone(44100)
+    blocks = audio_io.Blocks(44100)
+    parts = [blocks.push(part) for part in (samples[:0], samples[:1], samples[1:4000], samples[4000:])]
+    assert blocks.n_samples == len(samples)
+    np.testing.assert_allclose(np.concatenate([*parts, blocks.end()]), audio_io.from_samples(samples, 44100), atol=1e-6)

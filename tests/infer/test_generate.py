@@ -229,7 +229,7 @@ def test_few_shapes(tiny_loaded, generator, monkeypatch):
 def test_the_cache_is_donated(tiny_loaded, generator):
     system, variables = tiny_loaded
     prompts = [tokenise(system, i, request) for i, request in enumerate(SPEECH)]
-    inputs, program = lay_out(system, prompts, 4), generator._program(prompts[0], n_new=8)
+    inputs, program = lay_out(system, prompts, 4), generator.program(is_spoken=True, n_new=8)
     stop_ids = np.array(system.chat.stop_ids, np.int32)
     cache, state, segment = generate._prefill(variables, inputs, stop_ids, program, Choice())
     generate._decode(variables, cache, state, segment, stop_ids, np.zeros(4, bool), np.int32(8), program)
