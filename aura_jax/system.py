@@ -86,11 +86,11 @@ def build(config: Config) -> System:
         )
     if whisper is None and config.embedder.from_teacher and config.embedder.kind == "stem":
         raise UserError("embedder.from_teacher needs model.teacher: name a Whisper, or set embedder.from_teacher=False")
-    like = encoder or whisper
+    n_mels, width = _embedder_shape(config, llm, whisper, encoder)
     embedder = EmbedderConfig(
         kind=config.embedder.kind,
-        n_mels=like.n_mels if like else 80,
-        width=like.width if like else llm.width,
+        n_mels=n_mels,
+        width=width,
         out_width=llm.width,
         frames_per_token=frames_per_token(config.embedder.token_rate),
         hidden=config.embedder.hidden or llm.width,
@@ -133,6 +133,28 @@ def build(config: Config) -> System:
             config.data.template_kwargs.to_dict(),
         ),
     )
+
+
+def _embedder_shape(
+    config: Config, llm: LLMConfig, whisper: WhisperConfig | None, encoder: WhisperConfig | None
+) -> tuple[int, int]:
+    """Returns the mel bins that the embedder reads, and its width inside.
+
+    Raises:
+      UserError: for values that do not fit the Whisper: states have its width, and a stem that starts from the
+        teacher's has its shape. Teacher and student read the same log-mel.
+    """
+    like, c = encoder or whisper, config.embedder
+    found = like.n_mels if like else 80, like.width if like else llm.width
+    given = c.n_mels or found[0], c.width or found[1]
+    for name, own, of_whisper, is_fixed in (
+        ("n_mels", given[0], found[0], like is not None),
+        ("width", given[1], found[1], encoder is not None or (c.kind == "stem" and c.from_teacher)),
+    ):
+        if own != of_whisper and is_fixed:
+            whose = "model.encoder" if encoder is not None else "model.teacher"
+            raise UserError(f"embedder.{name} {own} is not the {of_whisper} of {whose}: set it to 0")
+    return given
 
 
 def build_text(config: Config) -> System:

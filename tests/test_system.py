@@ -37,3 +37,25 @@ def test_a_directory_without_or_with_a_broken_tokenizer_is_named(kind, request, 
     with pytest.raises(UserError, match="the tokenizer cannot be read") as caught:
         system.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_embedder_has_a_shape_of_its_own_where_no_whisper_gives_one(tiny_config):
+    c = tiny_config()
+    c.model.teacher = ""
+    c.embedder.update(from_teacher=False, width=24, n_mels=40)
+    embedder = system.build(c).model.config.embedder
+    assert (embedder.width, embedder.n_mels) == (24, 40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"n_mels": 128}, r"embedder.n_mels 128 is not the 80 of model\.teacher: set it to 0"),
+        ({"width": 64}, r"embedder.width 64 is not the 32 of model\.teacher: set it to 0"),
+    ],
+)
+def test_an_embedder_that_does_not_fit_its_whisper(tiny_config, changes, match):
+    c = tiny_config()
+    c.embedder.update(**changes)
+    with pytest.raises(UserError, match=match):
+        system.build(c)

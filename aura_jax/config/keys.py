@@ -91,6 +91,8 @@ def default() -> Config:
             kind="stem",  # stem or patch; with an encoder, stack, conv or cformer
             token_rate=12.5,  # Hz: 25, 12.5, 8.33 or 6.25; of cformer, the most that there may be
             from_teacher=True,  # stem: start from the teacher's convolutions; the others start at random
+            width=0,  # of stem and patch, inside; 0: the teacher's, or without one the LLM's
+            n_mels=0,  # that stem and patch read; 0: the teacher's, or without one 80
             hidden=0,  # width of the hidden layer of stack and conv; 0: the LLM's width
             n_before=2,  # blocks of cformer before it decides what is a token
             n_after=2,  # and after

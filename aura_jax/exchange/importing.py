@@ -69,7 +69,7 @@ def load_for_inference(directory: Path, overrides: Sequence[str] = ()) -> tuple[
     """
     is_adapter = (directory / peft.CONFIG).is_file()
     config_lib.override(config_lib.default(), overrides, (*checkpoint.INFERENCE_KEYS, *["model.llm"] * is_adapter))
-    contents = (read_peft if is_adapter else read_hf)(directory, overrides)
+    contents = (read_peft if is_adapter else read_hf)(directory, overrides, only_answers=True)
     built = system.build(contents.config)
     mesh = checkpoint.system_mesh(contents.config)
     base = system.load_base(built, mesh)
@@ -98,11 +98,12 @@ def import_hf(directory: Path, workdir: Path, config_arguments: Sequence[str] = 
     return read_hf(directory, config_arguments).to_workdir(workdir)
 
 
-def read_peft(directory: Path, config_arguments: Sequence[str] = ()) -> Contents:
+def read_peft(directory: Path, config_arguments: Sequence[str] = (), *, only_answers: bool = False) -> Contents:
     """Reads a PEFT adapter: ours, with its audio embedder, or any that PEFT trained.
 
     Args:
       config_arguments: `--config=FILE` (needed for an adapter that was not exported here) and `--config.KEY=VALUE`.
+      only_answers: nothing will train: the configuration is then without the teacher, which need not be there.
 
     Raises:
       UserError: a directory, configuration or base that do not fit each other; the line names what differs.
@@ -110,6 +111,8 @@ def read_peft(directory: Path, config_arguments: Sequence[str] = ()) -> Contents
     peft.load_config(directory)  # a mistaken directory, before all else
     about = _about(directory)
     config = _config(directory, about, config_arguments)
+    if only_answers:
+        _drop_teacher(config, about)
     if about:
         _check_dtypes(directory, config, about["run"]["model"])
     llm = system.build_llm_config(config)
@@ -125,7 +128,7 @@ def read_peft(directory: Path, config_arguments: Sequence[str] = ()) -> Contents
     return Contents(config, leaves, about["base"]["fingerprint"] if about else None, remarks)
 
 
-def read_hf(directory: Path, config_arguments: Sequence[str] = ()) -> Contents:
+def read_hf(directory: Path, config_arguments: Sequence[str] = (), *, only_answers: bool = False) -> Contents:
     """Reads an `hf` or `merged` export of ours, or a plain LLM.
 
     The directory becomes the base. Arguments and errors as `read_peft`; a plain LLM needs `--config=FILE`.
@@ -135,6 +138,8 @@ def read_hf(directory: Path, config_arguments: Sequence[str] = ()) -> Contents:
     if is_aura and about is None:
         raise UserError(f"{directory}: an export of aura-jax without its {AUDIO_CONFIG}: export it again")
     config = _config(directory, about, config_arguments)
+    if only_answers:
+        _drop_teacher(config, about)
     config.model.llm = str(directory)
     leaves: dict[str, np.ndarray] = {}
     taken = _set(config, _of_weights(about) if about else {})
@@ -206,6 +211,13 @@ def _config(directory: Path, about: Mapping[str, Any] | None, arguments: Sequenc
             "configs/own_speech.py"
         )
     return config_lib.override(config_lib.from_values(about["run"], directory / AUDIO_CONFIG), arguments)
+
+
+def _drop_teacher(config: Config, about: Mapping[str, Any] | None) -> None:
+    """Leaves out what only training needs, and has the shape of the embedder from the export."""
+    config.model.teacher, config.train.schedule = "", ()
+    if about and not config.model.encoder:
+        config.embedder.update(from_teacher=False, width=about["embedder"]["width"], n_mels=about["embedder"]["n_mels"])
 
 
 def _check_dtypes(directory: Path, config: Config, of_run: Mapping[str, Any]) -> None:

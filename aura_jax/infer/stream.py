@@ -181,6 +181,10 @@ class Session:
             )
             self._n_read += self._n_piece
 
+    def wait(self) -> None:
+        """Waits until what was pushed has been read."""
+        jax.block_until_ready(self._cache)
+
     def finish(self, every: int = 1) -> Iterator[str]:
         """Ends the speech; returns an iterator over pieces of the answer, each there as soon as it is certain.
 
