@@ -1,5 +1,10 @@
 """Speech heard in portions, against the same samples heard whole."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -166,3 +171,35 @@ def test_what_cannot_stream_says_what_can(tiny_config, changes, match):
         c.model.encoder, c.model.teacher = c.model.teacher, ""
     with pytest.raises(UserError, match=match):
         Session(Generator(system_lib.build(c), {}))
+
+
+_ON_TWO_DEVICES = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+from aura_jax import checkpoint
+from aura_jax.infer.generate import Generator
+from aura_jax.infer.stream import Session
+
+assert len(jax.devices()) == 2
+generator = Generator(*checkpoint.load_for_inference(Path(sys.argv[1])))
+session = Session(generator)
+for portion in np.split(np.load(sys.argv[2]), 10):
+    session.push(portion)
+print(json.dumps(session.reply().tokens))
+"""
+
+
+@pytest.mark.slow
+def test_a_mesh_of_two_devices_changes_nothing(generator, write_workdir, tmp_path):
+    workdir = write_workdir(generator.system, dict(generator.variables), tmp_path / "run")
+    np.save(tmp_path / "speech.npy", SPEECH[:20000])
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_TWO_DEVICES, workdir, tmp_path / "speech.npy"],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert tuple(json.loads(done.stdout)) == heard(generator, SPEECH[:20000], [20000]).reply().tokens
