@@ -1,5 +1,8 @@
 """Fixtures for every room: tiny random models as Hugging Face directories, and the sample data."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,24 @@ import pytest
 
 from aura_jax import checkpoint, config, sharding, system
 from aura_jax.convert import random_models
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has whatever compiles for this run share it: workers, and the processes that tests start.
+
+    Most of the time here is compilation, much of it of the same programs.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # of a worker, or set on purpose
+        return
+    folder = tempfile.mkdtemp(prefix="aura-jax-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in (
+        ("jax_compilation_cache_dir", folder),
+        ("jax_persistent_cache_min_compile_time_secs", 0.1),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")
