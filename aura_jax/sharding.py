@@ -140,6 +140,21 @@ def keep_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def keep_heads(x_HxK: jax.Array, n_kv_heads: int) -> jax.Array:
+    """Keeps the heads (axis -2) of queries, keys or values whole: split over the tensor axis, or all on every chip.
+
+    They are split if the axis divides the key/value heads. If not, the linears around attention are split all the same,
+    and attention itself, little of the work of an answer, is done on every chip: left to itself, the partitioner would
+    cut through heads, and sum scores over chips. Does nothing outside of `jax.set_mesh`, and without a tensor axis.
+    """
+    n = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    if n == 1:
+        return x_HxK
+    free = (PartitionSpec.UNCONSTRAINED,) * (x_HxK.ndim - 2)
+    spec = PartitionSpec(*free, None if n_kv_heads % n else "tensor", None)
+    return jax.lax.with_sharding_constraint(x_HxK, spec)
+
+
 def gathered(path: str, x: jax.Array) -> jax.Array:
     """Returns the parameter at `path` gathered over the axes that split rows: before a loop that would do it each time.
 

@@ -4,6 +4,7 @@ Dimensions: B rows, T prompt columns, G columns left for an answer, R answer tok
 V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from aura_jax.audio import features
 from aura_jax.errors import UserError
 from aura_jax.infer.prompting import Inputs, Request, lay_out, tokenise
 from aura_jax.models.llm import Cache
+from aura_jax.models.lora import as_computed
 from aura_jax.models.speech_llm import text_context
 from aura_jax.system import System
 
@@ -36,7 +38,11 @@ class Program:
     normalisation: str
 
     def apply(self, variables: Mapping[str, Any], *args: Any, method: str) -> Any:
-        return self.model.apply(self.visible(variables), *args, method=method)
+        on_mesh = (
+            contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        )
+        with on_mesh:  # the model places its activations on it, whoever calls
+            return self.model.apply(self.visible(variables), *args, method=method)
 
     def visible(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the collections that a pass may see: without `lora`, the model is the base LLM (or a merged one)."""
@@ -90,6 +96,16 @@ class Reader:
         self._speech_lora = AT_AUDIO if scope == "audio" else EVERYWHERE
         self._mesh = _mesh_of(variables)
         self._row_multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
+
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        return self._variables
+
+    @variables.setter
+    def variables(self, variables: Mapping[str, Any]) -> None:
+        # Once, and not in front of every piece of an answer.
+        lora = {"lora": as_computed(variables["lora"], self._model.dtype)} if "lora" in variables else {}
+        self._variables = {**variables, **lora}
 
     def prompt_logits(self, request: Request) -> np.ndarray:
         """Returns the logits [T, V], float32, at every token of the request's prompt, audio tokens included.

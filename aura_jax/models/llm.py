@@ -19,7 +19,7 @@ from flax import struct
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import attention
 from aura_jax.models.lora import LINEAR, Dense, LoRAConfig, float_dtype, matmul
-from aura_jax.sharding import keep_rows
+from aura_jax.sharding import keep_heads, keep_rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
@@ -190,6 +190,7 @@ class _Attention(nn.Module):
         def project(name: str, n_heads: int) -> jax.Array:
             dense = _dense(self, name, n_heads * c.head_width, use_bias=c.qkv_bias)
             y_BxTxHxK = dense(x_BxTxD, ctx.lora_mask_BxT).reshape(B, T, n_heads, c.head_width)
+            y_BxTxHxK = keep_heads(y_BxTxHxK, c.n_kv_heads)
             if c.qk_norm and name != "v":
                 norm_dtype = float_dtype(self.param_dtype, self.dtype)
                 y_BxTxHxK = RMSNorm(c.norm_eps, norm_dtype, name=f"{name}_norm")(y_BxTxHxK)
@@ -202,7 +203,9 @@ class _Attention(nn.Module):
         if cache is not None:
             assert ctx.cache_start is not None
             at: Any = (block, 0, ctx.cache_start, 0, 0)
-            put = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at)
+            put = lambda buffer, new: keep_heads(
+                jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at), c.n_kv_heads
+            )
             cache = Cache(put(cache.k_LxBxSxGxK, k_BxSxGxK), put(cache.v_LxBxSxGxK, v_BxSxGxK))
             take = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, block, keepdims=False).astype(self.dtype)
             k_BxSxGxK, v_BxSxGxK = take(cache.k_LxBxSxGxK), take(cache.v_LxBxSxGxK)

@@ -151,6 +151,11 @@ class Dense(nn.Module):
         return checkpoint_name(jnp.where(lora_mask_BxT[..., None], y_BxTxO + delta_BxTxO, y_BxTxO), LINEAR)
 
 
+def as_computed(lora: Mapping[str, Any], dtype: jnp.dtype) -> Any:
+    """Returns A and B in the dtype that `Dense` casts them to, for programs that only read them."""
+    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), lora)
+
+
 def merge(llm: Mapping[str, Any], lora: Mapping[str, Any], config: LoRAConfig) -> dict[str, Any]:
     """Returns the LLM's variables with W + scale A B in place of every adapted W, in the dtype of W.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aura_jax import cli, config, libtpu, sharding
+from aura_jax import assets, cli, config, libtpu, sharding
 from aura_jax.errors import UserError
 from aura_jax.experiments.bench.flops import Cost
 from aura_jax.experiments.compile import chips, hlo, program, roofline, run, shapes
@@ -281,6 +282,38 @@ def compiled(capsys, tmp_path, *argv: str) -> dict:
     assert code == 0, captured.out
     assert "at best" in captured.out and "Traceback" not in captured.err
     return found
+
+
+def test_answering_where_heads_do_not_divide_copies_no_cache_and_gathers_neither_it_nor_weights(capsys, tmp_path):
+    llm = tmp_path / "llm"
+    shutil.copytree(assets.resolve("random-llama-tiny"), llm, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(shape | {"vocab_size": 512}))
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
+    short = ["--config.data.max_seconds=1", "--config.eval.batch_size=2", "--config.eval.max_new_tokens=4"]
+    argv = (SMOKE, f"--config.model.llm={llm}", "--topology", "v5e:2x2", "--program", "answer", *mesh, *short)
+    found = compiled(capsys, tmp_path, *argv)
+    assert found["fits"] and found["kv_heads"] == {"of_the_llm": 2, "split": False}
+    decode, token = found["decode"], found["decode"]["token"]
+    assert decode["loops_of_unknown_length"] == 1  # until the answers end
+    assert decode["cache"]["aliased"] >= decode["cache"]["bytes"] > 0
+    # What is exchanged are activations of one token; a block's smallest kernel alone has 8 KiB.
+    assert set(token["collectives"]) == {"all-gather", "all-reduce"}
+    assert token["collectives"]["all-gather"]["bytes"] < 2**12
+    assert token["roofline"]["link_bytes"] < 2**14 < token["roofline"]["hbm_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--program", "answer", "--stage", "joint"], "--stage is of training: leave it out"),
+        (["--merged"], "--merged is of answering: leave it out"),
+    ],
+)
+def test_what_is_of_the_other_program_is_refused(arguments, message, capsys, tmp_path):
+    argv = ["compile", SMOKE, "--topology", "v5e:2x2", "--json", str(tmp_path / "out.json"), *arguments]
+    assert cli.main(argv) == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # half a minute of a compiler

@@ -107,10 +107,16 @@ class Module:
 
     Attributes:
       computations: {name: {name of an instruction: instruction}}.
-      unknown_trips: loops whose trip count the text does not say; they count once.
+      unknown_trips: loops whose trip count the text does not say.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, passes: int = 1):
+        """
+        Args:
+          passes: of each loop whose trip count the text does not say. What such a loop does in one pass is the
+            difference between 1 and 0.
+        """
+        self._passes = passes
         self.computations: dict[str, Computation] = {}
         self._entry = ""
         self.unknown_trips = 0
@@ -135,7 +141,7 @@ class Module:
                 if instruction.opcode == "while":
                     trips = self.trip_count(instruction)
                     self.unknown_trips += trips is None
-                    per_run = n * (1 if trips is None else trips)
+                    per_run = n * (self._passes if trips is None else trips)
                 for called in instruction.called:
                     if called in self.computations:
                         run(called, per_run)

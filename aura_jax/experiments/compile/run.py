@@ -1,10 +1,7 @@
 """`aura-jax compile`: compiles a stage's step for a slice of TPUs, and writes what it needs and how fast it may be."""
 
-import collections
 import json
 import math
-import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +13,7 @@ from aura_jax import machine, sharding
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.config import Config
 from aura_jax.experiments.bench import flops
-from aura_jax.experiments.compile import chips, hlo, program, roofline, shapes
-
-DOES_NOT_FIT = 1  # the exit code: it does not compile, or not fit; results are written all the same
-
-_PACKAGES = ("aura-jax", "jax", "libtpu", "flax", "optax")
-_SIZES = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+from aura_jax.experiments.compile import chips, facts, hlo, program, roofline, shapes
 
 
 def main(config: Config, topology_name: str, output: Path, stage: str = "", program_text: Path | None = None) -> int:
@@ -37,44 +29,37 @@ def main(config: Config, topology_name: str, output: Path, stage: str = "", prog
     found = measure(config, topology, stage, program_text)
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))
-    return 0 if found["fits"] else DOES_NOT_FIT
+    return 0 if found["fits"] else facts.DOES_NOT_FIT
 
 
 def measure(
     config: Config, topology: chips.Topology, stage: str = "", program_text: Path | None = None
 ) -> dict[str, Any]:
     """Returns all that is known of a stage's step on a slice."""
-    # Nothing runs here, on whatever this machine has.
-    jax.config.update("jax_platforms", "cpu")
-    # A program for chips that are not there cannot be read back.
-    jax.config.update("jax_enable_compilation_cache", False)
+    facts.run_nothing()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=topology.devices)
     with shapes.build(config) as built:
         made = program.make(built, mesh, stage)
         n_chips = len(topology.devices)
-        _say(f"tracing stage {made.stage} of {config.model.llm}")
+        facts.say(f"tracing stage {made.stage} of {config.model.llm}")
         started = time.perf_counter()
         with jax.set_mesh(mesh):
             lowered = made.step.lower(*made.arguments)
         traced = time.perf_counter()
-        _say(f"compiling for {n_chips} x {topology.chip.name}: one to five minutes")
-        compiled, reason = None, ""
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            reason = " ".join(str(error).split())
+        facts.say(f"compiling for {n_chips} x {topology.chip.name}: one to five minutes")
+        compiled, reason = facts.compile_or_reason(lowered)
         seconds = {"trace": traced - started, "compile": time.perf_counter() - traced}
         found = {
             "topology": topology.name,
             "chips": n_chips,
-            "chip": _chip(topology.chip),
+            "chip": facts.of_chip(topology.chip),
             "llm": config.model.llm,
             "teacher": config.model.teacher,
             "stage": made.stage,
             "mesh": dict(mesh.shape),
             "batch": _batch(config, made, n_chips),
             "seconds": seconds,
-            "environment": machine.versions(_PACKAGES),
+            "environment": machine.versions(facts.PACKAGES),
         }
         vocab = built.model.config.llm.vocab
     if compiled is None:
@@ -85,27 +70,22 @@ def measure(
     module = hlo.Module(text)
     collectives = module.collectives()
     found |= {"compiles": True, "reason": "", "fits": True, "mend": ""}
-    found["memory"] = memory = _memory(compiled.memory_analysis(), topology.chip)
+    found["memory"] = memory = facts.memory(compiled.memory_analysis(), topology.chip)
     found["donated"] = _donated(made.arguments[0], memory["alias"])
     sizes = _parameter_sizes(made.arguments, mesh.shape["tensor"])
     other = [one for one in collectives if any(math.prod(array.dims) not in sizes for array in one.arrays)]
     # Integers are no parameters, whatever their number: a table of embeddings that lies in pieces is asked for all ids.
     of_integers = [one for one in collectives if all(array.dtype in ("s32", "u32") for array in one.arrays)]
     found["collectives"] = {
-        "kinds": _by_kind(collectives),
+        "kinds": facts.by_kind(collectives),
         "all_gathers_of_no_parameter": [
-            _described(one) for one in other if one.kind == "all-gather" and one not in of_integers
+            facts.described(one) for one in other if one.kind == "all-gather" and one not in of_integers
         ],
-        "all_gathers_of_integers": [_described(one) for one in of_integers if one.kind == "all-gather"],
-        "on_logits": [_described(one) for one in other if any(vocab in array.dims for array in one.arrays)],
+        "all_gathers_of_integers": [facts.described(one) for one in of_integers if one.kind == "all-gather"],
+        "on_logits": [facts.described(one) for one in other if any(vocab in array.dims for array in one.arrays)],
         "loops_of_unknown_length": module.unknown_trips,
     }
     return found | _speed(config, made, topology.chip, n_chips, module.hbm_bytes(), collectives)
-
-
-def _chip(chip: chips.Chip) -> dict[str, Any]:
-    figures = ("name", "peak", "hbm", "hbm_bandwidth", "link_bandwidth", "source")
-    return {name: getattr(chip, name) for name in figures}
 
 
 def _batch(config: Config, made: program.Program, n_chips: int) -> dict[str, Any]:
@@ -129,33 +109,10 @@ def _batch(config: Config, made: program.Program, n_chips: int) -> dict[str, Any
     }
 
 
-def _memory(analysis: Any, chip: chips.Chip) -> dict[str, float]:
-    """Bytes of a chip; what is donated is counted once."""
-    out = {
-        "argument": analysis.argument_size_in_bytes,
-        "output": analysis.output_size_in_bytes,
-        "temporary": analysis.temp_size_in_bytes,
-        "code": analysis.generated_code_size_in_bytes,
-        "alias": analysis.alias_size_in_bytes,
-    }
-    return out | {"total": sum(out.values()) - 2 * out["alias"], "hbm": chip.hbm}
-
-
 def _donated(state: Any, aliased: float) -> dict[str, float]:
     """Bytes of a chip: of the state, without the padding of its tiles, and how many are aliased, with it."""
     sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)]
     return {"state": sum(sizes), "aliased": aliased}
-
-
-def _by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, float]]:
-    """How often a step runs each kind, bytes of the arrays, and bytes that a chip sends."""
-    kinds: dict[str, dict[str, float]] = {}
-    for one in collectives:
-        kind = kinds.setdefault(one.kind, collections.defaultdict(float))
-        kind["count"] += one.times
-        kind["bytes"] += one.times * one.n_bytes
-        kind["link_bytes"] += one.link_bytes
-    return {kind: dict(values) for kind, values in sorted(kinds.items())}
 
 
 def _parameter_sizes(arguments: Sequence[Any], tensor: int) -> set[int]:
@@ -163,11 +120,6 @@ def _parameter_sizes(arguments: Sequence[Any], tensor: int) -> set[int]:
     leaves = jax.tree.leaves((arguments[0].trained, arguments[1]))
     sizes = {math.prod(dims) for x in leaves for dims in (x.shape, x.shape[1:])}
     return sizes | {size // tensor for size in sizes}
-
-
-def _described(one: hlo.Collective) -> str:
-    arrays = " ".join(f"{array.dtype}{list(array.dims)}" for array in one.arrays)
-    return f"{one.times} x {one.kind} {arrays}: {one.scope}"
 
 
 def _speed(
@@ -201,15 +153,10 @@ def _speed(
 
 
 def _refused(config: Config, reason: str, chip: chips.Chip, n_chips: int) -> dict[str, Any]:
-    """What the compiler's refusal says: how much HBM is missing, if it is that, and what to change."""
-    size = r"([\d.]+)([KMGT]?)i?B?"
-    patterns = (rf"Used {size} of {size} hbm", rf"\({size}\) exceeds available HBM \({size}\)")
-    match = next((m for m in (re.search(p, reason) for p in patterns) if m), None)
-    out: dict[str, Any] = {"compiles": match is not None, "reason": reason[:600], "fits": False, "mend": ""}
-    if match is None:
+    """What the compiler's refusal says, and what to change if HBM is too small."""
+    out = facts.refusal(reason, chip)
+    if not out["compiles"]:
         return out
-    needs, has = (float(match[i]) * _SIZES[match[i + 1]] for i in (1, 3))
-    out["memory"] = {"needs_at_least": needs, "usable": has, "missing": needs - has, "hbm": chip.hbm}
     mends = [] if config.model.remat == "full" else ["model.remat='full'"]
     if config.mesh.fsdp not in (-1, n_chips):
         mends.append("a larger mesh.fsdp")
@@ -258,7 +205,3 @@ def table(found: Mapping[str, Any]) -> str:
         f"{found['chips']} x {chip['peak'] / 1e12:.0f} TFLOP/s",
     ]
     return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
