@@ -411,9 +411,11 @@ def _held_as(built: System, variables: dict[str, Any], dtype: str, trained_llm: 
     config = built.config.copy_and_resolve_references()
     config.model.param_dtype = dtype
     if dtype != "int8":
-        config.model.dtype = dtype
+        config.model.update(dtype=dtype, matmul_dtype="")
     kind, computed = jnp.dtype(dtype), jnp.dtype(config.model.dtype)
-    changed = dataclasses.replace(built, config=config, model=built.model.clone(dtype=computed, param_dtype=kind))
+    multiplied = jnp.dtype(config.model.matmul_dtype) if config.model.matmul_dtype else None
+    model = built.model.clone(dtype=computed, param_dtype=kind, matmul_dtype=multiplied)
+    changed = dataclasses.replace(built, config=config, model=model)
     cast = lambda tree: jax.tree.map(lambda x: x.astype(float_dtype(kind, computed)), tree)
     params = variables["params"]
     if "encoder" in params:

@@ -131,7 +131,9 @@ def test_other_dtypes(tiny_workdir, dtype):
     assert kernels == {dtype}
     assert found.system.model.dtype == jnp.dtype("bfloat16" if dtype == "bfloat16" else "float32")
     assert len(found.generate((CLIP, 16000)).tokens) > 0
-    if dtype == "int8":
+    if dtype != "int8":
+        assert found.system.model.matmul_dtype is None  # computed in what it is held in
+    else:
         with pytest.raises(UserError, match="int8 weights cannot take what LoRA learned"):
             Model(tiny_workdir, dtype=dtype, adapters="merged")
 
