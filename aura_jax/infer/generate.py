@@ -29,7 +29,7 @@ from aura_jax.infer.answer_text import AnswerText, checked_stop
 from aura_jax.infer.prompting import Inputs, Prompt, Request, lay_out, tokenise
 from aura_jax.infer.reading import AT_AUDIO, OFF, Program, Reader, read
 from aura_jax.infer.sampling import GREEDY, Choice, Sampling, next_token
-from aura_jax.models.llm import Cache, Context
+from aura_jax.models.llm import Cache, Context, blocks_apart
 from aura_jax.system import System
 
 # Tokens between two looks for stop strings: few, as a row goes on for as many in vain, and not one, as each look waits
@@ -214,16 +214,32 @@ class Generator(Reader):
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
         answers = [AnswerText(self.system.tokenizer, self.system.chat.stop_ids, stop) for _ in range(n_answers)]
         finished_B = np.arange(len(state.finished_B)) >= n_answers
+        variables, program = self._for_decoding(program)
         for n_until in [*range(every, program.n_new, every), program.n_new]:
-            cache, state = _decode(
-                self.variables, cache, state, prompted, stop_ids, finished_B, np.int32(n_until), program
-            )
+            cache, state = _decode(variables, cache, state, prompted, stop_ids, finished_B, np.int32(n_until), program)
             for answer, token_G in zip(answers, np.asarray(state.token_BxG), strict=False):
                 answer.read(token_G[:n_until].tolist(), is_whole=n_until == program.n_new)
             yield answers
             finished_B[:n_answers] = [answer.ended for answer in answers]
             if finished_B.all():
                 return
+
+    def _for_decoding(self, program: Program) -> tuple[Mapping[str, Any], Program]:
+        """Returns what the decode loop reads, and the loop's program.
+
+        XLA for CPUs copies a block's weights out of their stack before it multiplies by them, which takes a single row
+        as long as the product. There, weights that are multiplied as they are held are given block by block; others
+        would be converted all at once, in front of every piece of an answer.
+        """
+        model = self._model
+        as_held = model.param_dtype == (model.matmul_dtype or model.dtype)
+        if jax.default_backend() != "cpu" or self._mesh is not None or not as_held:
+            return self.variables, program
+        variables = {
+            name: {**tree, "llm": blocks_apart(tree["llm"])} if "llm" in tree else tree
+            for name, tree in program.visible(self.variables).items()
+        }
+        return variables, dataclasses.replace(program, model=program.model.clone(apart=True))
 
 
 def told(readings: Iterator[list[AnswerText]]) -> Iterator[str]:

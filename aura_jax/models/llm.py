@@ -6,6 +6,7 @@ F width of the MLP, V vocabulary, Q audio positions that a tap sees.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import attention
 from aura_jax.models.lora import LINEAR, Dense, LoRAConfig, float_dtype, matmul
-from aura_jax.sharding import keep_heads, keep_rows
+from aura_jax.sharding import keep_heads, keep_rows, replicated
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
@@ -277,6 +279,21 @@ class Block(nn.Module):
         return (x_BxTxD, cache, block + 1), self.tap(h_BxQxD, block, tap_args)
 
 
+class _BlocksApart(nn.Module):
+    """Blocks called as the scan over stacked ones is; the variables of block i are below the name "i"."""
+
+    length: int
+    block: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, carry: Any, ctx: Context, tap_args: Any) -> tuple[Any, Any]:
+        taps = []
+        for i in range(self.length):
+            carry, tap = self.block(name=str(i))(carry, ctx, tap_args)
+            taps.append(tap)
+        return carry, jax.tree.map(lambda *one_each: jnp.stack(one_each), *taps)
+
+
 class LLM(nn.Module):
     """The decoder. `embed`, then `adapted_blocks`, then `plain_blocks`, then `logits` where they are wanted.
 
@@ -289,6 +306,7 @@ class LLM(nn.Module):
         float32. The head is not one of them: its operand would be a copy of the whole embedding table.
       tap: called after each adapted block with the hidden states at the audio positions.
       remat: "none", "dots" (keeps the results of matmuls with weights), or "full" (keeps each block's input only).
+      apart: no scans: every block has arrays of its own, as of `blocks_apart`.
     """
 
     config: LLMConfig
@@ -299,6 +317,7 @@ class LLM(nn.Module):
     remat: str = "none"
     tap: Tap | None = None
     matmul_dtype: jnp.dtype | None = None
+    apart: bool = False
 
     @property
     def n_adapted(self) -> int:
@@ -323,13 +342,16 @@ class LLM(nn.Module):
         if self.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(LINEAR) if self.remat == "dots" else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
+        kinds = (self.config, lora, self.dtype, self.param_dtype, self.matmul_dtype, self.attention_impl, tap)
+        if self.apart:
+            return _BlocksApart(length, functools.partial(block, *kinds))
         return nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0, "moments": 0},
             split_rngs={"params": True, "lora": True},
             in_axes=cast(Any, broadcast),
             length=length,
-        )(self.config, lora, self.dtype, self.param_dtype, self.matmul_dtype, self.attention_impl, tap)
+        )(*kinds)
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:
         """Returns the embeddings [B, T, D] of token ids."""
@@ -366,3 +388,24 @@ class LLM(nn.Module):
         x_BxTxD, cache, taps = self.adapted_blocks(x_BxTxD, ctx, cache, tap_args)
         h_BxTxD, cache = self.plain_blocks(x_BxTxD, ctx, cache)
         return h_BxTxD, cache, taps
+
+
+def blocks_apart(llm: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a collection's part for the LLM with the stacked blocks as `LLM.apart` takes them.
+
+    Nothing is copied: the arrays must lie in one CPU's memory, and the result's are views of them.
+    """
+
+    def views(stacked: Any) -> dict[str, Any]:
+        leaves, tree = jax.tree.flatten(stacked)
+        of_blocks = [jax.device_put(list(np.asarray(x)), _as_placed(x), may_alias=True) for x in leaves]
+        return {str(i): tree.unflatten(block) for i, block in enumerate(zip(*of_blocks, strict=True))}
+
+    return {name: views(tree) if name in ("adapted", "plain") else tree for name, tree in llm.items()}
+
+
+def _as_placed(x: jax.Array) -> jax.sharding.Sharding | None:
+    """Returns where to put parts of an array of one device, so that jax takes them for placed alike; None: anywhere."""
+    if isinstance(x.sharding, NamedSharding):
+        return replicated(x.sharding.mesh)
+    return x.sharding if x.committed else None

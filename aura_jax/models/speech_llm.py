@@ -91,7 +91,7 @@ class Heard:
 
 
 class SpeechLLM(nn.Module):
-    """The encoder, if one is kept, the audio embedder and the LLM. `tap`, `remat` and `matmul_dtype` as `LLM`."""
+    """The encoder, if one is kept, the audio embedder and the LLM. `tap`, `remat`, `matmul_dtype`, `apart` as `LLM`."""
 
     config: SpeechLLMConfig
     dtype: jnp.dtype = jnp.float32
@@ -100,6 +100,7 @@ class SpeechLLM(nn.Module):
     remat: str = "none"
     tap: Tap | None = None
     matmul_dtype: jnp.dtype | None = None
+    apart: bool = False
 
     def setup(self):
         c = self.config
@@ -120,6 +121,7 @@ class SpeechLLM(nn.Module):
             self.remat,
             self.tap,
             self.matmul_dtype,
+            self.apart,
         )
 
     def embed_audio(

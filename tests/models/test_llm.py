@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aura_jax.errors import UserError
-from aura_jax.models.llm import LLM, Cache, Context, LLMConfig
+from aura_jax.models.llm import LLM, Cache, Context, LLMConfig, blocks_apart
 from aura_jax.models.lora import LoRAConfig
 from aura_jax.models.speech_llm import text_context
 
@@ -109,6 +109,19 @@ PADDED = Context(
     q_segment_BxT=(np.arange(T) >= N_PADDING).astype(np.int32),
     k_segment_BxS=(np.arange(T) >= N_PADDING).astype(np.int32),
 )
+
+
+def test_blocks_apart_are_views_and_give_what_stacks_give():
+    stacked = jax.tree.map(jnp.asarray, draw())
+    apart = {name: blocks_apart(tree) for name, tree in stacked.items()}
+    whole, part = (tree["params"]["plain"] for tree in (stacked, apart))
+    kernel, third = whole["mlp"]["up"]["kernel"], part["1"]["mlp"]["up"]["kernel"]
+    assert third.unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer() + kernel[0].nbytes
+    tap = lambda h_BxQxD, block, _: h_BxQxD.sum() + block
+    scanned, taps = forward(LLM(CONFIG, LORA, tap=tap), stacked)
+    one_by_one, other_taps = forward(LLM(CONFIG, LORA, tap=tap, apart=True), apart)
+    np.testing.assert_allclose(one_by_one, scanned, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(other_taps, taps, rtol=1e-5, atol=1e-5)
 
 
 @jax.jit
