@@ -1,0 +1,145 @@
+"""What a token of an answer costs on a CPU: `python benchmarks/decode.py --workdir runs/quickstart`.
+
+Writes results/decode.json: milliseconds of a token, one row at a time, of each way to hold the LLM, with its blocks in
+stacks that a scan slices and apart, beside transformers, and beside the time it takes to read the weights once.
+Rounds are interleaved, and what is given is each one's median, and the median over rounds of its ratio to the first.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import arms
+import jax
+import numpy as np
+import torch
+import transformers
+
+import aura_jax
+from aura_jax.infer import generate
+from aura_jax.infer.prompting import Request, lay_out, tokenise
+from aura_jax.infer.reading import Program
+from aura_jax.infer.sampling import Choice
+from aura_jax.models.llm import blocks_apart
+from aura_jax.sharding import flatten
+
+TOKENS = 16  # a round's
+PROMPT = 64  # tokens that transformers read, about as many as ours
+NO_STOP = np.array([-1], np.int32)
+# Name -> dtype and adapters of `aura_jax.load`, and whether blocks are apart.
+OURS = {
+    "float32, stacks": ("float32", "separate", False),
+    "float32": ("float32", "separate", True),
+    "float32, merged": ("float32", "merged", True),
+    "bfloat16, stacks": ("bfloat16", "separate", False),
+    "bfloat16": ("bfloat16", "separate", True),
+    "int8, stacks": ("int8", "separate", False),
+}
+
+
+class Decoding:
+    """An answer that goes on: every call decodes `TOKENS` more tokens."""
+
+    def __init__(self, workdir: Path, dtype: str, adapters: str, apart: bool, n_new: int):
+        model = aura_jax.load(workdir, dtype=dtype, adapters=adapters, batch_size=1, max_new_tokens=n_new)
+        generator = generate.Generator(model.system, model.variables, batch_size=1, max_new_tokens=n_new)
+        prompt = tokenise(model.system, 0, Request(np.zeros(4 * 16000, np.float32)))
+        inputs, program = lay_out(model.system, [prompt], 1), generator.program(True, n_new)
+        start = generate._prefill(generator.variables, inputs, NO_STOP, program, Choice())
+        self.cache, self.state, self.prompted = start
+        self.variables, self.program = visible(generator.variables, program, apart)
+        self.n_bytes = bytes_of_a_token(program.visible(generator.variables))
+
+    def compiled(self) -> Any:
+        return generate._decode.lower(*self._arguments(np.int32(2))).compile()
+
+    def __call__(self) -> float:
+        started = time.perf_counter()
+        n_until = np.int32(int(self.state.n_done) + TOKENS)
+        self.cache, self.state = generate._decode(*self._arguments(n_until))
+        jax.block_until_ready(self.state)
+        return (time.perf_counter() - started) / TOKENS
+
+    def _arguments(self, n_until: np.int32) -> tuple[Any, ...]:
+        nobody = np.zeros(1, bool)
+        return self.variables, self.cache, self.state, self.prompted, NO_STOP, nobody, n_until, self.program
+
+
+def visible(variables: Mapping[str, Any], program: Program, apart: bool) -> tuple[Mapping[str, Any], Program]:
+    """Returns what a decode loop reads, and its program, with the LLM's blocks in stacks or apart."""
+    if not apart:
+        return variables, program
+    trees = program.visible(variables).items()
+    variables = {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in trees}
+    return variables, dataclasses.replace(program, model=program.model.clone(apart=True))
+
+
+def bytes_of_a_token(variables: Mapping[str, Any]) -> int:
+    """Returns the bytes of what every token is multiplied by; the table of embeddings is the head as well."""
+    return sum(x.nbytes for path, x in flatten(variables).items() if "/llm/" in f"/{path}")
+
+
+def theirs(llm_dir: Path, dtype: torch.dtype) -> Callable[[], float]:
+    """Returns what generates `TOKENS` tokens with transformers and says how long one took, the prompt left out."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(llm_dir, dtype=dtype).eval()
+    ids = torch.randint(100, 40000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def once() -> float:
+        seconds = {}
+        for n in (1, 1 + TOKENS):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+            seconds[n] = time.perf_counter() - started
+        return (seconds[1 + TOKENS] - seconds[1]) / TOKENS
+
+    return once
+
+
+def read_bandwidth() -> Callable[[], float]:
+    """Returns what says how long 1 GB takes to be read from memory, by all cores."""
+    x = torch.ones(250_000_000)
+
+    def once() -> float:
+        started = time.perf_counter()
+        x.sum()
+        return time.perf_counter() - started
+
+    return once
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="a finished run on a small LLM")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    n_new = TOKENS * (args.rounds + 2)
+    ours = {name: Decoding(args.workdir, *how, n_new) for name, how in OURS.items()}
+    temporary = {name: one.compiled().memory_analysis().temp_size_in_bytes for name, one in ours.items()}
+    llm_dir = aura_jax.load(args.workdir).system.llm_dir
+    all_of_them: dict[str, Callable[[], float]] = {"read 1 GB": read_bandwidth(), **ours}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        all_of_them[f"transformers, {name}"] = theirs(llm_dir, dtype)
+    rounds = [{name: one() for name, one in all_of_them.items()} for _ in range(args.rounds + 1)][1:]
+    first = "float32, stacks"
+    results: dict[str, Any] = {"command": f"python benchmarks/decode.py --workdir {args.workdir.name}"}
+    results["bytes a second"] = 1e9 / statistics.median(one["read 1 GB"] for one in rounds)
+    for name in list(all_of_them)[1:]:
+        found = {
+            "ms a token": 1e3 * statistics.median(one[name] for one in rounds),
+            f"of {first}": statistics.median(one[name] / one[first] for one in rounds),
+        }
+        if name in ours:
+            found |= {"bytes a token": ours[name].n_bytes, "temporary bytes": temporary[name]}
+            at_best = [one["read 1 GB"] * ours[name].n_bytes / 1e9 / one[name] for one in rounds]
+            found["of the bandwidth"] = statistics.median(at_best)
+        results[name] = found
+    arms.write("decode", "What a token of an answer costs on a CPU, one row at a time", results)
+
+
+if __name__ == "__main__":
+    main()
