@@ -113,6 +113,8 @@ class Generator(Reader):
         """
         super().__init__(system, variables, batch_size=batch_size, adapters_on_text=adapters_on_text)
         self.shapes: set[tuple[str, int, int, int]] = set()
+        # The variables, and they with their blocks apart: made once, as it takes longer than a token.
+        self._apart: tuple[Mapping[str, Any], dict[str, Any]] | None = None
         self.max_new_tokens = system.config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
         if self.max_new_tokens < 1:
             raise UserError(f"{self.max_new_tokens} new tokens: must be at least 1")
@@ -235,11 +237,10 @@ class Generator(Reader):
         as_held = model.param_dtype == (model.matmul_dtype or model.dtype)
         if jax.default_backend() != "cpu" or self._mesh is not None or not as_held:
             return self.variables, program
-        variables = {
-            name: {**tree, "llm": blocks_apart(tree["llm"])} if "llm" in tree else tree
-            for name, tree in program.visible(self.variables).items()
-        }
-        return variables, dataclasses.replace(program, model=program.model.clone(apart=True))
+        if self._apart is None or self._apart[0] is not self.variables:
+            apart = {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in self.variables.items()}
+            self._apart = self.variables, apart
+        return self._apart[1], dataclasses.replace(program, model=program.model.clone(apart=True))
 
 
 def told(readings: Iterator[list[AnswerText]]) -> Iterator[str]:
