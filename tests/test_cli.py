@@ -101,6 +101,16 @@ def test_version(capsys):
         (["assets", "fetch", "smollm2-135m-instrct"], "did you mean"),
         (["data", "validate", "missing.jsonl"], "missing.jsonl"),
         (["data", "validate", "missing.jsonl", CONFIG], "data validate takes no config: drop --config="),
+        (
+            ["data", "transcribe", "x.jsonl", "--output", "y.jsonl"],
+            "by --config=FILE or by --whisper NAME, one of them",
+        ),
+        (["data", "transcribe", "x.jsonl", "--output", "y.jsonl", "--whisper", "x", CONFIG], "one of them"),
+        (
+            ["data", "transcribe", "x.jsonl", "--output", "y.jsonl", "--whisper", "x", "--config.eval.batch_size=2"],
+            "with --whisper there is no config: drop --config.eval.batch_size=2",
+        ),
+        (["data", "transcribe", "x.jsonl", "--output", "y.jsonl", CONFIG], "x.jsonl: cannot be read"),
         (["data", "continue", "x.jsonl", "--output", "y.jsonl"], "by --config=FILE or by --llm NAME, one of them"),
         (["data", "continue", "x.jsonl", "--output", "y.jsonl", "--llm", "x", CONFIG], "one of them"),
         (["data", "continue", "x.jsonl", "--output", "y.jsonl", "--llm", "x"], "x.jsonl: cannot be read"),

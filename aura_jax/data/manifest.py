@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from aura_jax.data import shards
 from aura_jax.errors import UserError
 from aura_jax.storage import is_remote
 
+LET_TRANSCRIBE = "let `aura-jax data transcribe` write it down"  # how an error mends a missing transcript
 ROUNDING = 8  # samples that `clip_samples` adds to what a manifest says: half a millisecond
 
 _STRINGS = ("audio", "text", "prompt", "response", "id")
@@ -77,9 +78,18 @@ def load_manifest(path: str | Path) -> list[Row]:
         UserError: as `manifest_lines`; the manifest has no rows; a line lacks a key, or has one of the wrong type; a
             folder of clips does not exist. Names the file, line and key, and the mend.
     """
-    home, rows, folders = Path(path).parent.absolute(), [], set()
-    for where, values in manifest_lines(path):
-        row = parse_row(values, where, home)
+    home = Path(path).parent.absolute()
+    rows = [parse_row(values, where, home) for where, values in manifest_lines(path)]
+    if not rows:
+        raise UserError(f"{path}: an empty manifest: give one JSON object a line")
+    check_folders(rows)
+    return rows
+
+
+def check_folders(rows: Iterable[Row]) -> None:
+    """Raises UserError for the first row whose clip is in a folder that does not exist; no file is looked for."""
+    folders = set()
+    for row in rows:
         folder = os.path.dirname(row.audio) if row.audio else None
         if folder and folder not in folders and not is_remote(folder) and not os.path.isdir(folder):
             raise UserError(
@@ -87,10 +97,6 @@ def load_manifest(path: str | Path) -> list[Row]:
                 "which is absolute or relative to the manifest"
             )
         folders.add(folder)
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: an empty manifest: give one JSON object a line")
-    return rows
 
 
 def manifest_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -129,12 +135,13 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, values
 
 
-def parse_row(values: dict[str, Any], where: str, folder: Path) -> Row:
+def parse_row(values: dict[str, Any], where: str, folder: Path, *, untranscribed: bool = False) -> Row:
     """Returns the row that a line says. Takes what it knows out of `values`, and keeps the rest.
 
     Args:
         where: "manifest:line", for error messages.
         folder: that the path of the clip is relative to.
+        untranscribed: speech may have neither text nor response: the row has no target yet.
 
     Raises:
         UserError: a key is missing, or of the wrong type.
@@ -168,8 +175,8 @@ def parse_row(values: dict[str, Any], where: str, folder: Path) -> Row:
             raise UserError(f"{where}: 'history' before a plain text: give 'prompt' and 'response'")
     elif not known["audio"]:
         raise UserError(f"{where}: 'audio' is empty: give the path of a clip")
-    elif known["text"] is None and known["response"] is None:
-        raise UserError(f"{where}: 'audio' without 'text' or 'response': {_NEEDED}")
+    elif known["text"] is None and known["response"] is None and not untranscribed:
+        raise UserError(f"{where}: 'audio' without 'text' or 'response': add what is said, or {LET_TRANSCRIBE}")
     known["id"] = known["id"] or known["audio"] or f"row-{where.rpartition(':')[2]}"
     if known["audio"] is not None and not is_remote(known["audio"]):
         known["audio"] = os.path.normpath(folder / known["audio"])

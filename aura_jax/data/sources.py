@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aura_jax.data.manifest import Row, clip_samples
+from aura_jax.data.manifest import LET_TRANSCRIBE, Row, clip_samples
 from aura_jax.data.plan import Lengths
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
@@ -73,7 +73,7 @@ def _transcript(row: Row, chat: ChatFormat) -> tuple[int, ...]:
     if row.audio is None:
         return ()
     if not row.text:
-        raise UserError(f"{row.where}: no 'text', which an objective of this run reads: add the transcript")
+        raise UserError(f"{row.where}: no 'text', which an objective of this run reads: add it, or {LET_TRANSCRIBE}")
     return chat.text(row.text)
 
 

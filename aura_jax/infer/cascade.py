@@ -88,14 +88,14 @@ class Oracle:
 
 
 def whisper_of(config: Config) -> str:
-    """Returns the Whisper that listens in a config's cascade: the teacher, or else the encoder.
+    """Returns the Whisper that a config has to write down speech: the teacher, or else the encoder.
 
     Raises:
       UserError: there is neither.
     """
     name = config.model.teacher or config.model.encoder
     if not name:
-        raise UserError("a cascade needs model.teacher or model.encoder in the run's config: it names no Whisper")
+        raise UserError("the config names no Whisper to write down speech: set model.teacher or model.encoder")
     return name
 
 

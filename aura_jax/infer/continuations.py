@@ -11,6 +11,7 @@ from typing import NamedTuple
 from aura_jax import checkpoint
 from aura_jax import config as config_lib
 from aura_jax.config import Config
+from aura_jax.data.manifest import LET_TRANSCRIBE
 from aura_jax.errors import UserError
 from aura_jax.infer import parts
 from aura_jax.infer.generate import plain_generator
@@ -156,9 +157,9 @@ def _spoken(manifest: str, lines: Sequence[Line]) -> list[int]:
         raise UserError(f"{manifest}: no row with 'audio': only speech rows get a response")
     for row in (lines[place].row for place in places):
         if row.text is None:
-            raise UserError(f"{row.where}: a speech row without 'text': add what is said, which the LLM shall read")
+            raise UserError(f"{row.where}: a speech row without 'text': add what is said, or {LET_TRANSCRIBE}")
         if not row.text.strip():
-            raise UserError(f"{row.where}: 'text' is empty: add what is said, or remove the row")
+            raise UserError(f"{row.where}: 'text' is empty: add what is said, or {LET_TRANSCRIBE}")
     return places
 
 

@@ -128,8 +128,11 @@ class _There(NamedTuple, Generic[E]):
     n_bytes: int
 
 
-def read(manifest: str, limit: int | None) -> list[Line]:
+def read(manifest: str, limit: int | None, *, untranscribed: bool = False) -> list[Line]:
     """Returns the lines of a manifest, or of a folder of shards; the first `limit`, unless that is None.
+
+    Args:
+      untranscribed: as of `parse_row`.
 
     Raises:
       UserError: as `manifest_lines` and `parse_row`; there are no lines; the limit is below 1.
@@ -138,7 +141,7 @@ def read(manifest: str, limit: int | None) -> list[Line]:
         raise UserError(f"--limit must be at least 1, not {limit}")
     home, lines = Path(manifest).parent.absolute(), []
     for where, values in manifest_lines(manifest):
-        lines.append(Line(values, parse_row(dict(values), where, home)))
+        lines.append(Line(values, parse_row(dict(values), where, home, untranscribed=untranscribed)))
         if len(lines) == limit:
             break
     if not lines:

@@ -55,6 +55,7 @@ class Transcriber:
     Attributes:
       batch_size: most clips decoded together.
       window_seconds: of the longest window: the longest clip.
+      params: of encoder and decoder.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Transcriber:
         config = hf.load_whisper_config(directory)
         self._encoder = WhisperEncoder(config, dtype, dtype)
         self._decoder = WhisperDecoder(config, dtype, dtype)
-        self._params = {
+        self.params = {
             "encoder": hf.load_whisper_encoder(directory, config, dtype=dtype),
             "decoder": hf.load_whisper_decoder(directory, config, dtype=dtype),
         }
@@ -181,7 +182,7 @@ class Transcriber:
         for row_N, clip in zip(waveform_BxN, clips, strict=False):
             row_N[: len(clip)] = clip
         answer_BxS = _transcribe(
-            self._params,
+            self.params,
             self._tokens,
             waveform_BxN,
             np.int32(len(clips)),

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aura_jax.errors import USER_MISTAKE, UserError
 from aura_jax.verbs.verb import CONFIG_HELP, Verb, add_sampling, make_folder, make_parent, sampling_of
@@ -20,14 +21,25 @@ Writes ArrayRecord shards: the audio files' bytes as they are, with texts, lengt
 
 The same input gives the same shards. A second call writes only what is missing. Clips that cannot be read are named,
 and packed as they are: training leaves them out."""
+_TRANSCRIBE_HELP = """\
+Writes the manifest again, with what a Whisper hears as the 'text' of every speech row that has none: then it can be
+distilled on, and `data continue` can read it. The Whisper is --whisper, or the teacher (else the encoder) of --config.
+A clip longer than Whisper's 30 s is cut in its pauses, and the transcripts of the pieces are joined. Rows in which
+nothing is heard are left out, and so are clips that cannot be read; they are counted, and the latter named.
+
+Whisper writes what it hears, mistakes included: keep what is to be tested on apart, with transcripts by hand.
+
+"""
+_PARTS_HELP = """\
+{} go to OUT.1-of-1.jsonl first, a batch at a time: the same command goes on after a stop. To share the work,
+run it with --shard 1/4, 2/4, ..., each in a process of its own that writes OUT.I-of-4.jsonl, and then without --shard,
+which joins them. The parts say what they were made of and by; once OUT is there, they may be removed.
+
+"""
 _CONTINUE_HELP = """\
 Writes the manifest again, with what the LLM itself says after reading each transcript as the 'response' of every
 speech row, and with the 'prompt' that asked for it: `data.train` names it, and training on it is BLSP (arXiv
 2309.00916). The LLM is the one of the config, or --llm, without adapters; no audio is read.
-
-Responses go to OUT.1-of-1.jsonl first, a batch at a time: the same command goes on after a stop. To share the work,
-run it with --shard 1/4, 2/4, ..., each in a process of its own that writes OUT.I-of-4.jsonl, and then without --shard,
-which joins them. The parts say what the responses were made by; once OUT is there, they may be removed.
 
 """
 _SYNTHESIZE_HELP = """\
@@ -82,17 +94,30 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--text-column", metavar="NAME", help="of parquet files, where it has an unusual name")
     pack.add_argument("--shard-size", type=int, default=256, metavar="MIB", help="of a shard (default %(default)s)")
     pack.add_argument("--processes", type=int, metavar="N", help="that write shards (default one a core, at most 16)")
-    continue_ = actions.add_parser(
-        "continue", help="let the LLM write a response to each transcript", description=_CONTINUE_HELP + CONFIG_HELP
+    transcribe = actions.add_parser(
+        "transcribe",
+        help="let a Whisper write down speech",
+        description=_TRANSCRIBE_HELP + _PARTS_HELP.format("Transcripts") + CONFIG_HELP,
     )
-    continue_.add_argument("manifest", metavar="MANIFEST", help="JSON lines, or a folder of shards")
-    continue_.add_argument("--output", required=True, metavar="OUT.jsonl", help="the new manifest")
+    _add_parts(transcribe)
+    transcribe.add_argument(
+        "--whisper", metavar="NAME", help="in place of --config=FILE: a directory, asset or hf://owner/name"
+    )
+    transcribe.add_argument("--language", metavar="CODE", help="of the speech, such as en (default: detected by clip)")
+    transcribe.add_argument("--all", action="store_true", help="write the texts that there are anew, too")
+    transcribe.add_argument(
+        "--batch-size", type=int, metavar="N", help="clips heard together (default: eval.batch_size of the config, 16)"
+    )
+    continue_ = actions.add_parser(
+        "continue",
+        help="let the LLM write a response to each transcript",
+        description=_CONTINUE_HELP + _PARTS_HELP.format("Responses") + CONFIG_HELP,
+    )
+    _add_parts(continue_)
     continue_.add_argument(
         "--llm", metavar="NAME", help="in place of --config=FILE: a directory, asset or hf://owner/name"
     )
     continue_.add_argument("--prompt", metavar="TEXT", help="after the transcript (default: data.prompt of the config)")
-    continue_.add_argument("--shard", metavar="I/N", help="write part I of N only, I from 1 to N")
-    continue_.add_argument("--limit", type=int, metavar="N", help="the first N rows only, for a try")
     continue_.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="longest response (default: eval.max_new_tokens)"
     )
@@ -115,9 +140,31 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     synthesize.add_argument("--threads", type=int, metavar="N", help="clips spoken at once (default one a core)")
 
 
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    """Adds what a manifest with a new column is written by, in parts."""
+    parser.add_argument("manifest", metavar="MANIFEST", help="JSON lines, or a folder of shards")
+    parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="the new manifest")
+    parser.add_argument("--shard", metavar="I/N", help="write part I of N only, I from 1 to N")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only, for a try")
+
+
+def _parts(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes the folder of the output; returns `_add_parts`'s arguments as `infer.parts` calls them."""
+    from aura_jax.infer.parts import Part
+    from aura_jax.storage import is_remote
+
+    if is_remote(args.output):
+        raise UserError(f"--output {args.output}: write to a folder of this machine, and copy it from there")
+    part = Part.parse(args.shard) if args.shard is not None else None
+    make_parent(Path(args.output))
+    return {"manifest": args.manifest, "output": Path(args.output), "part": part, "limit": args.limit}
+
+
 def _data(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     if args.action == "continue":
         return _continue(args, config_arguments)
+    if args.action == "transcribe":
+        return _transcribe(args, config_arguments)
     if config_arguments:
         raise UserError(f"data {args.action} takes no config: drop {config_arguments[0]}")
     return {"pack": _pack, "synthesize": _synthesize, "validate": _validate}[args.action](args)
@@ -156,29 +203,42 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _transcribe(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    has_config = any(argument.startswith("--config=") for argument in config_arguments)
+    if has_config == (args.whisper is not None):
+        raise UserError("data transcribe: name the Whisper by --config=FILE or by --whisper NAME, one of them")
+    if config_arguments and not has_config:
+        raise UserError(f"data transcribe: with --whisper there is no config: drop {config_arguments[0]}")
+    from aura_jax import config
+    from aura_jax.infer import cascade, transcripts
+
+    loaded = config.load(config_arguments) if has_config else config.default()
+    report = transcripts.write(
+        whisper=cascade.whisper_of(loaded) if has_config else args.whisper,
+        language=args.language,
+        batch_size=loaded.eval.batch_size if args.batch_size is None else args.batch_size,
+        anew=args.all,
+        **_parts(args),
+    )
+    for problem in report.problems:
+        print(f"cannot be read: {problem}", file=sys.stderr)
+    print(report.summary)
+    return 0
+
+
 def _continue(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     has_config = any(argument.startswith("--config=") for argument in config_arguments)
     if has_config == (args.llm is not None):
         raise UserError("data continue: name the LLM by --config=FILE or by --llm NAME, one of them")
     from aura_jax import config
     from aura_jax.infer import continuations
-    from aura_jax.storage import is_remote
 
-    if is_remote(args.output):
-        raise UserError(f"--output {args.output}: write to a folder of this machine, and copy it from there")
-    loaded = config.load(config_arguments) if has_config else continuations.config_of(args.llm, config_arguments)
-    part = continuations.Part.parse(args.shard) if args.shard is not None else None
-    sampling = sampling_of(args)
-    make_parent(Path(args.output))
     report = continuations.write(
-        args.manifest,
-        Path(args.output),
-        loaded,
+        config=config.load(config_arguments) if has_config else continuations.config_of(args.llm, config_arguments),
         prompt=args.prompt,
-        sampling=sampling,
+        sampling=sampling_of(args),
         max_new_tokens=args.max_new_tokens,
-        limit=args.limit,
-        part=part,
+        **_parts(args),
     )
     print(report.summary)
     return 0
@@ -224,11 +284,12 @@ VERBS = {
         _assets,
     ),
     "data": Verb(
-        "check manifests, pack shards, let the LLM write responses, speak texts",
+        "check manifests, pack shards, write transcripts and responses, speak texts",
         "`validate MANIFEST ...` reports the first malformed line, or every clip that cannot be read, with line\n"
         "numbers, and the hours there are; of shards, every one that differs from its checksum. Exit code 2 if\n"
         "anything is wrong.\n"
         "`pack INPUT ... --output FOLDER` writes shards, which `data.train` names like a manifest.\n"
+        "`transcribe MANIFEST --output OUT.jsonl` adds what a Whisper hears where there is no transcript.\n"
         "`continue MANIFEST --output OUT.jsonl` adds what the LLM itself says after each transcript, to train on.\n"
         "`synthesize --text FILE --output FOLDER` makes speech of texts.\n"
         "`aura-jax data ACTION --help` says more.",

@@ -44,7 +44,7 @@ def test_rows(write, tmp_path):
         (b"{", r":1: not JSON \(.*column"),
         (b"\xff{}", ":1: not UTF-8"),
         ([1], ":1: not an object, but list: give one JSON object a line"),
-        ({"audio": "clips/a.wav"}, ":1: 'audio' without 'text' or 'response'"),
+        ({"audio": "clips/a.wav"}, ":1: 'audio' without 'text' or 'response': .*`aura-jax data transcribe`"),
         ({"audio": 3, "text": "a"}, ":1: 'audio' is 3: give a string"),
         ({"audio": "", "text": "a"}, ":1: 'audio' is empty"),
         ({"audio": "clips/a.wav", "text": ["a"]}, ":1: 'text' is .* give a string"),
