@@ -36,6 +36,11 @@ class Padding:
     windows: tuple[float, ...] | None
     wer: Mapping[float | None, Mapping[str, Any]]
 
+    def values(self) -> dict[str, Any]:
+        """Returns it as JSON: {"seconds", "windows", "wer": {seconds, or "full" for the full window: ...}}."""
+        wer = {"full" if seconds is None else f"{seconds:g}": of for seconds, of in self.wer.items()}
+        return {"seconds": self.seconds, "windows": self.windows, "wer": wer}
+
 
 def find_padding(
     transcriber: Transcriber,

@@ -13,7 +13,7 @@ _GIB = 2**30
 _COLOURS = {"torch": "tab:blue", "jax": "tab:orange"}
 
 
-def _lines(rows: list[list[str]]) -> list[str]:
+def lines(rows: list[list[str]]) -> list[str]:
     """Aligns a first column to the left and the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
@@ -22,7 +22,8 @@ def _lines(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def _spread(values: Mapping[str, float]) -> str:
+def spread(values: Mapping[str, float]) -> str:
+    """Returns a median and its range."""
     return f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})"
 
 
@@ -44,25 +45,25 @@ def table(results: Mapping[str, Any]) -> str:
         memory = arm["peak_memory_bytes"]["since_watch"]
         cells += [f"{arm['start_seconds']['total']:.1f}", f"{memory / _GIB:.2f}" if memory else "?"]
         rows.append([*cells, f"{arm['schedule']['total'] / 60:.1f}"])
-    out = [results["machine"], "", *_lines(rows), ""]
+    out = [results["machine"], "", *lines(rows), ""]
     out += [f"{name} failed: {reason}" for name, reason in base["failed"].items()]
 
     rows = [["times as fast: median (range)", *stages, "memory"]]
     for ours, peers in base["ratios"].items():
         for peer, ratio in peers.items():
             memory = "?" if ratio["memory"] is None else f"{ratio['memory']:.2f}"
-            rows.append([f"{ours} / {peer}", *(_spread(ratio["speed"][stage]) for stage in stages), memory])
-    out += [*_lines(rows), ""]
+            rows.append([f"{ours} / {peer}", *(spread(ratio["speed"][stage]) for stage in stages), memory])
+    out += [*lines(rows), ""]
 
     rows = [["sweep, full step with the teacher", "value", "times as fast"]]
     for factor, points in results["sweep"].items():
-        rows += [[factor, f"{point['value']:g}", _spread(point["speed"])] for point in points]
+        rows += [[factor, f"{point['value']:g}", spread(point["speed"])] for point in points]
     peaks = [
         f"{library} {dtype} {value / 1e9:.0f}"
         for library, of_library in base["matmul_flops_per_second"].items()
         for dtype, value in of_library.items()
     ]
-    return "\n".join([*out, *_lines(rows), "", f"best square product, GFLOP/s: {', '.join(peaks)}"])
+    return "\n".join([*out, *lines(rows), "", f"best square product, GFLOP/s: {', '.join(peaks)}"])
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:

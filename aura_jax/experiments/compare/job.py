@@ -62,10 +62,9 @@ def _measure_untrained(name: str, config: Config, workdir: Path) -> dict[str, An
         # It may write as much as the others: where it repeats itself, it would go on to the end of its positions.
         most = {"batch_size": config.eval.batch_size, "max_new_tokens": config.eval.max_new_tokens}
         whisper = Transcriber(assets.resolve(whisper_of(config)), **most)
-        if found := _padding(whisper, config):
+        if found := needed_padding(whisper, config):
             whisper = whisper.with_windows(found.windows, found.seconds or 0.0)
-            wer = {"full" if seconds is None else f"{seconds:g}": of for seconds, of in found.wer.items()}
-            out["padding"] = {"seconds": found.seconds, "windows": found.windows, "wer": wer}
+            out["padding"] = found.values()
         answers = Cascade(whisper, plain)
     rows = {of: load_manifest(path) for of, path in config.eval.sets.items()}
     kept = suite.kept_of(workdir, config, name, out)
@@ -83,11 +82,11 @@ def _measure_untrained(name: str, config: Config, workdir: Path) -> dict[str, An
     return out
 
 
-def _padding(whisper: Transcriber, config: Config) -> Padding | None:
+def needed_padding(whisper: Transcriber, config: Config, n_rows: int = _ROWS) -> Padding | None:
     """Returns how much silence this Whisper needs on voices that training holds out; None if it holds none out."""
     rows = [row for manifest, _ in config.data.train for row in split_held_out(load_manifest(manifest), config.data)[1]]
     rows = [row for row in rows if row.audio is not None and row.text]
-    return find_padding(whisper, rows[:: max(1, len(rows) // _ROWS)][:_ROWS]) if rows else None
+    return find_padding(whisper, rows[:: max(1, len(rows) // n_rows)][:n_rows]) if rows else None
 
 
 def main(argv: list[str]) -> int:

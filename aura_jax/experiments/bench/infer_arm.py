@@ -1,0 +1,187 @@
+"""Our arms of `aura-jax bench infer`: `python -m aura_jax.experiments.bench.infer_arm`, spoken to by `protocol`."""
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aura_jax import assets, checkpoint, machine, sharding
+from aura_jax import config as config_lib
+from aura_jax.audio.features import SAMPLE_RATE
+from aura_jax.evaluate.run import Answers
+from aura_jax.experiments.bench import protocol
+from aura_jax.experiments.bench.infer_case import TEXT
+from aura_jax.infer.cascade import Cascade, whisper_of
+from aura_jax.infer.generate import Generator, plain_generator
+from aura_jax.infer.prompting import Request
+from aura_jax.infer.transcriber import Transcriber
+from aura_jax.models.lora import merge
+from aura_jax.system import System
+
+# A system, the number of tokens of its longest answer -> what answers so.
+_Make = Callable[[System, int], Answers]
+
+
+class Arm:
+    """One way to answer, from a case folder (see `infer_case`)."""
+
+    def load(self, case: str, kind: str, **options: Any) -> dict[str, Any]:
+        """Loads the models.
+
+        Args:
+          kind: "run", "cascade" or "llm".
+          options: as of the function of that kind.
+        """
+        folder = Path(case)
+        with np.load(folder / "clips.npz") as file:
+            self._clips = dict(file)
+        about = json.loads((folder / "case.json").read_text())
+        self._batch, self._most = about["batch"], about["max_new_tokens"]
+        kinds = {"run": _run, "cascade": _cascade, "llm": _llm}
+        self._system, self._make, weights = kinds[kind](about, **options)
+        self._made: dict[tuple[Any, ...], Answers] = {}
+        return {
+            "versions": machine.versions(("jax", "jaxlib", "flax")),
+            "batch": len(self._batch),
+            "weight_bytes": weights,
+        }
+
+    def answer(self, clip: str, n_tokens: int) -> dict[str, Any]:
+        """Returns the wall time from a clip (or the text) to the last of so many tokens of its answer."""
+        # Each length is padded to itself, as it would be where such clips are what is answered.
+        lengths = tuple(len(waveform) / SAMPLE_RATE for name, waveform in self._clips.items() if name[0] != "t")
+        return self._timed([clip], n_tokens, lengths)
+
+    def batch(self, n_tokens: int) -> dict[str, Any]:
+        """Returns the wall time until each clip of the batch has so many tokens of its answer."""
+        return self._timed(self._batch, n_tokens, self._longest(self._batch))
+
+    def _timed(self, clips: Sequence[str], n_tokens: int, buckets: tuple[float, ...]) -> dict[str, Any]:
+        answers = self._of(n_tokens, buckets, ends=False)
+        requests = [Request(self._clips[clip]) if clip in self._clips else Request(prompt=TEXT) for clip in clips]
+        start = time.perf_counter()
+        replies = answers.generate(requests)
+        seconds = time.perf_counter() - start
+        if {len(reply.tokens) for reply in replies} != {n_tokens}:
+            raise ValueError(f"answers of {[len(reply.tokens) for reply in replies]} tokens, not of {n_tokens}")
+        return {"seconds": seconds}
+
+    def hear(self, clips: Sequence[str]) -> dict[str, Any]:
+        """Returns what it writes down of each clip."""
+        answers = self._of(self._most, self._longest(clips), ends=True)
+        requests = [Request(self._clips[clip], wants_transcript=True) for clip in clips]
+        return {"texts": [reply.text for reply in answers.generate(requests)]}
+
+    def bandwidth(self, n_bytes: int, n_times: int) -> dict[str, Any]:
+        """Returns the most bytes a second that a sum over so many bytes of float32 reads."""
+        x = jnp.ones(n_bytes // 4)
+        total = jax.jit(jnp.sum)
+        total(x).block_until_ready()
+        seconds = []
+        for _ in range(n_times):
+            start = time.perf_counter()
+            total(x).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+        return {"bytes_per_second": n_bytes / min(seconds)}
+
+    def _longest(self, clips: Sequence[str]) -> tuple[float, ...]:
+        """Returns one bucket for all of some clips: one compilation."""
+        return (max(len(self._clips[clip]) for clip in clips) / SAMPLE_RATE,)
+
+    def _of(self, n_tokens: int, buckets: tuple[float, ...], *, ends: bool) -> Answers:
+        """Returns what answers with that many tokens at most, or with `ends` False exactly."""
+        key = (n_tokens, buckets, ends)
+        if key not in self._made:
+            config = self._system.config.copy_and_resolve_references()
+            with config.ignore_type():
+                config.data.buckets = buckets
+            chat = self._system.chat
+            if not ends:
+                chat = copy.copy(chat)
+                chat.stop_ids = (-1,) * len(chat.stop_ids)  # which no model writes
+            self._made[key] = self._make(dataclasses.replace(self._system, config=config, chat=chat), n_tokens)
+        return self._made[key]
+
+
+def _run(about: Mapping[str, Any], workdir: str, merged: bool, matmul_dtype: str) -> tuple[System, _Make, int]:
+    """A trained run.
+
+    Args:
+      merged: with its adapters folded into the LLM.
+      matmul_dtype: of the operands of products with the LLM's weights; "": as it computes.
+    """
+    built, variables = checkpoint.load_for_inference(Path(workdir))
+    built = _with_products(built, matmul_dtype)
+    if merged:
+        assert built.model.config.lora is not None
+        llm = merge(variables["params"]["llm"], variables["lora"]["llm"], built.model.config.lora)
+        variables = {"params": variables["params"] | {"llm": llm}}
+    size = _weight_bytes(variables["params"]["llm"]) + _weight_bytes(variables.get("lora", {}))
+    return built, lambda system, n: Generator(system, variables, batch_size=len(about["batch"]), max_new_tokens=n), size
+
+
+def _cascade(
+    about: Mapping[str, Any], config: Mapping[str, Any], silence: Mapping[str, Any] | None
+) -> tuple[System, _Make, int]:
+    """Whisper and the plain LLM.
+
+    Args:
+      config: of a run.
+      silence: the "seconds" of it after a clip, and the "windows" to choose from; None: 30 s.
+    """
+    system, make, size = _llm(about, config, "float32")
+    n_rows = len(about["batch"])
+    directory = assets.resolve(whisper_of(config_lib.from_values(config, Path("case"))))
+    whisper = Transcriber(directory, batch_size=n_rows, max_new_tokens=about["transcript_tokens"])
+    if silence is not None:
+        whisper = whisper.with_windows(silence["windows"], silence["seconds"])
+
+    def make_cascade(system: System, n_tokens: int) -> Answers:
+        generator = make(system, n_tokens)
+        assert isinstance(generator, Generator)
+        return Cascade(whisper, generator)
+
+    return system, make_cascade, size
+
+
+def _llm(about: Mapping[str, Any], config: Mapping[str, Any], dtype: str) -> tuple[System, _Make, int]:
+    """The plain LLM.
+
+    Args:
+      config: of a run.
+      dtype: that it is held in, and computed in unless that is int8.
+    """
+    values = config_lib.from_values(config, Path("case"))
+    values.model.update(param_dtype=dtype, dtype="float32" if dtype == "int8" else dtype, matmul_dtype="")
+    plain = plain_generator(values)
+    n_rows = len(about["batch"])
+    make = lambda system, n: Generator(
+        system, plain.variables, batch_size=n_rows, max_new_tokens=n, adapters_on_text=False
+    )
+    return plain.system, make, _weight_bytes(plain.variables["params"]["llm"])
+
+
+def _with_products(built: System, matmul_dtype: str) -> System:
+    config = built.config.copy_and_resolve_references()
+    config.model.matmul_dtype = matmul_dtype
+    model: Any = built.model
+    kind = jnp.dtype(matmul_dtype) if matmul_dtype else None
+    return dataclasses.replace(built, config=config, model=model.clone(matmul_dtype=kind))
+
+
+def _weight_bytes(tree: Mapping[str, Any]) -> int:
+    """Returns the bytes of the weights that a token's step reads: all but an embedding that is not also the head."""
+    flat = sharding.flatten(dict(tree))
+    untied = any(path.startswith("lm_head/") for path in flat)
+    return sum(x.nbytes for path, x in flat.items() if not (untied and path.startswith("embed/")))
+
+
+if __name__ == "__main__":
+    protocol.serve(Arm())
