@@ -9,6 +9,7 @@ from typing import Any
 from arms import RESULTS, spread
 from pods import PLAN
 
+from aura_jax.experiments.bench import infer_report
 from aura_jax.experiments.compare import table
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,16 @@ def trials(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cells(rows: Callable[[dict[str, Any]], list[list[str]]]) -> Callable[[dict[str, Any]], str]:
+    """Returns the table of cells, the head first."""
+
+    def of(results: dict[str, Any]) -> str:
+        head, *body = rows(results)
+        return "\n".join([*_head(head), *map(_row, body)]) + "\n"
+
+    return of
+
+
 def data(results: dict[str, Any]) -> str:
     """Returns the table of results/data.json: a row a part, then the whole pipeline."""
     lines = _head(["", "times real time a core (range)", "hours of audio a second and core"])
@@ -265,6 +276,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "parts": ("step_cost", parts),
     "remat": ("step_cost", remat),
     "trials": ("step_trials", trials),
+    "infer": ("infer", _cells(infer_report.speech_rows)),
+    "infer_times": ("infer", _cells(infer_report.times_rows)),
+    "infer_decode": ("infer", _cells(infer_report.decode_rows)),
     "data": ("data", data),
     "interop": ("interop", interop),
     "pods": ("pods", pods),

@@ -2,16 +2,18 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import random
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aura_jax import cli, config
-from aura_jax.experiments.bench import infer, infer_report
+from aura_jax import cli, config, system
+from aura_jax.experiments.bench import infer, infer_case, infer_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +88,7 @@ def test_arms_are_those_that_the_run_and_the_peers_allow(workdir):
 def test_arms_take_turns_in_orders_that_are_drawn(monkeypatch):
     monkeypatch.setattr(infer, "_REST", 0.0)
     asked = []
-    running = [infer.Running(infer.Arm(name, (), {}), name, {}, 0.0) for name in "abc"]
+    running = [infer.Running(infer.Arm(name, (), {}), name, {}) for name in "abc"]
     found = infer.take_turns(running, 6, lambda worker: asked.append(worker) or len(asked), random.Random(0))
     rounds = ["".join(asked[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 2
@@ -112,6 +114,59 @@ def test_gguf_matrices_are_the_runs_own(tiny_llm_dir, tmp_path):
             q = unpermute_rope(found[name], n_heads)
             assert np.abs(q - wanted[key]).max() <= most * np.abs(wanted[key]).max()
         assert np.array_equal(found["output_norm.weight"], wanted["model.norm.weight"])
+
+
+class FakeWhisper:
+    """What faster-whisper offers."""
+
+    def __init__(self, directory, **options):
+        assert options == {"device": "cpu", "compute_type": "int8", "cpu_threads": infer_case.machine.n_cores()}
+
+    def transcribe(self, waveform, **options):
+        assert options["max_new_tokens"] == 7 and options["beam_size"] == 1
+        return [types.SimpleNamespace(text=f" heard {len(waveform)}"), types.SimpleNamespace(text=" samples")], None
+
+
+class FakeLlama:
+    """What llama-cpp-python offers: it writes the length of its prompt, and that plus 1, 2, ..."""
+
+    def __init__(self, model_path, **options):
+        self.prompts, self.clean = [], False
+
+    def reset(self):
+        self.clean = True
+
+    def generate(self, prompt, temp, repeat_penalty):
+        assert self.clean and temp == 0.0  # nothing of an earlier prompt is used again
+        self.clean = False
+        self.prompts.append(prompt)
+        return itertools.count(len(prompt))
+
+
+def test_a_peer_reads_the_transcript_in_the_runs_own_prompt(workdir, tmp_path, monkeypatch):
+    infer_worker = pytest.importorskip("infer_worker")
+    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=FakeWhisper))
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=FakeLlama))
+    built = system.build(config.from_json(workdir / "config.json"))
+    case = infer_case.write(built, (1.0,), 2, 2, 7, 64, tmp_path / "case")
+    assert case.tests == case.batch == ("test 0", "test 1") and all(case.references) and case.seconds > 1
+    (tmp_path / "model.gguf").write_bytes(b"12345")
+    arm, options = (
+        infer_worker.Arm(),
+        {"compute_type": "int8", "whisper": "w", "directory": str(tmp_path / "model.gguf")},
+    )
+    about = arm.load(str(case.directory), hears="faster-whisper", answers="llama.cpp", **options)
+    assert about["weight_bytes"] == 5 and about["batch"] == 1
+    assert arm.answer("1", 3)["seconds"] > 0 and arm.batch(2)["seconds"] > 0
+    said = "heard 16000 samples"
+    before, after = built.chat.encode(built.config.data.prompt, has_audio=True)
+    llama = arm._answers._model
+    assert llama.prompts[0] == [*before, *built.chat.text(said), *after] and len(llama.prompts) == 3
+    assert arm.hear(["1"]) == {"texts": [said]}
+    alone = infer_worker.Arm()
+    alone.load(str(case.directory), hears=None, answers="llama.cpp", directory=options["directory"])
+    alone.answer("text", 2)
+    assert alone._answers._model.prompts == [list(built.chat.encode(infer_case.TEXT, has_audio=False)[0])]
 
 
 @pytest.mark.slow

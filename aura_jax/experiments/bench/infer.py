@@ -29,14 +29,11 @@ from aura_jax.config import Config
 from aura_jax.convert import hf
 from aura_jax.errors import UserError, nearest
 from aura_jax.evaluate.score import score
-from aura_jax.exchange.export import export_run
 from aura_jax.experiments.bench import infer_case, infer_report
 from aura_jax.experiments.bench.infer_case import Case
 from aura_jax.experiments.bench.protocol import Worker
 from aura_jax.experiments.bench.train import spread
-from aura_jax.experiments.compare.job import needed_padding
 from aura_jax.infer.cascade import whisper_of
-from aura_jax.infer.transcriber import Transcriber
 
 PEER = Path("benchmarks/peers/infer_worker.py")
 PEERS = ("torch", "faster-whisper", "llama.cpp", "hf")
@@ -68,6 +65,10 @@ class Arm:
     command: tuple[str, ...]
     options: Mapping[str, Any]
 
+    @property
+    def is_ours(self) -> bool:
+        return self.command == _OURS
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -82,23 +83,23 @@ class Plan:
       n_test: clips of each test set.
       n_padding: clips of held-out voices that choose the cascade's silence; 0: there is no cascade with a short window.
       dtypes: of our LLM alone.
-      warm: start every arm a second time.
+      warm: start each of our arms a second time.
     """
 
     lengths: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0)
     start: float = 2.0
     whole: float = 5.0
     n_tokens: int = 33
-    rounds: int = 5
-    decode_rounds: int = 7
+    rounds: int = 4
+    decode_rounds: int = 5
     n_batch: int = 8
     batch_tokens: int = 16
     batch_rounds: int = 3
-    n_test: int = 15
-    n_padding: int = 24
+    n_test: int = 8
+    n_padding: int = 16
     transcript_tokens: int = 200
     read_bytes: int = 2**29
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8")
+    dtypes: tuple[str, ...] = ("float32", "int8")
     warm: bool = True
 
 
@@ -220,14 +221,13 @@ def measure(workdir: Path, bridge: Path | None, peers: Sequence[str], plan: Plan
         _CONTEXT,
         folder / "case",
     )
-    silence = _silence(config, plan)
+    silence, files = _prepare(workdir, config, peers, plan, folder)
     left_out = [] if bridge else ["the bridge: no --bridge"]
     if silence is None or silence["seconds"] is None:
         left_out.append("the cascade with a short window: no silence is known to be enough")
     left_out += [f"{peer}: not among --peers" for peer in PEERS if peer not in peers]
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
-    files = _prepare(workdir, config, peers, folder)
     arms = speech_arms(workdir, bridge, peers, silence, files)
     return {
         "plan": dataclasses.asdict(plan),
@@ -240,36 +240,38 @@ def measure(workdir: Path, bridge: Path | None, peers: Sequence[str], plan: Plan
     }
 
 
-def _silence(config: Config, plan: Plan) -> dict[str, Any] | None:
-    """Returns what `Padding.values` says of the run's Whisper; None if there are no held-out voices to ask."""
-    if not plan.n_padding:
-        return None
-    directory = assets.resolve(whisper_of(config))
-    # As many tokens as the run's own answers may have: where it repeats itself, it would go on for long.
-    whisper = Transcriber(directory, batch_size=plan.n_batch, max_new_tokens=config.eval.max_new_tokens)
-    found = needed_padding(whisper, config, plan.n_padding)
-    return found.values() if found else None
+def _prepare(
+    workdir: Path, config: Config, peers: Sequence[str], plan: Plan, folder: Path
+) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """Chooses the cascade's silence, and writes the models in the formats of the peers.
 
-
-def _prepare(workdir: Path, config: Config, peers: Sequence[str], folder: Path) -> dict[str, str]:
-    """Writes the models in the formats of the peers; returns where each is."""
+    Returns:
+      what `Padding.values` says of the run's Whisper, None if there are no held-out voices to ask; and where the model
+      of each format is. Processes of their own do it: their memory is free again when the arms start.
+    """
     files = {"llm": str(assets.resolve(config.model.llm)), "whisper": str(assets.resolve(whisper_of(config)))}
+    ours = {"workdir": str(workdir), "n_padding": plan.n_padding, "n_rows": plan.n_batch}
     if "hf" in peers:
-        files["export"] = str(export_run(workdir, folder / "export", "hf", dtype="float32"))
+        files["export"] = ours["export"] = str(folder / "export")
+    with _worker(_OURS, {}, folder / "prepare-ours.log") as worker:
+        silence = worker.ask("prepare", **ours)["silence"]
     if {"faster-whisper", "llama.cpp"} & set(peers):
-        files["ctranslate2"] = str(folder / "ctranslate2")
-        wanted = [{"what": "ctranslate2", "directory": files["whisper"], "output": files["ctranslate2"]}]
-        if "llama.cpp" in peers:
-            for kind in ("F32", "Q8_0", "Q4_1"):
+        with _worker(_THEIRS, {}, folder / "prepare-theirs.log") as worker:
+            files["ctranslate2"] = str(folder / "ctranslate2")
+            worker.ask("prepare", what="ctranslate2", directory=files["whisper"], output=files["ctranslate2"])
+            for kind in ("F32", "Q8_0", "Q4_1") if "llama.cpp" in peers else ():
                 files[kind] = str(folder / f"{kind}.gguf")
-                wanted.append({"what": "gguf", "directory": files["llm"], "output": files[kind], "kind": kind})
-        worker = Worker(_THEIRS, {}, folder / "prepare.log")
-        try:
-            for one in wanted:
-                worker.ask("prepare", **one)
-        finally:
-            worker.close()
-    return files
+                worker.ask("prepare", what="gguf", directory=files["llm"], output=files[kind], kind=kind)
+    return silence, files
+
+
+@contextmanager
+def _worker(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Worker]:
+    worker = Worker(command, environment, log)
+    try:
+        yield worker
+    finally:
+        worker.close()
 
 
 def speech_arms(
@@ -279,22 +281,17 @@ def speech_arms(
     silence: Mapping[str, Any] | None,
     files: Mapping[str, str],
 ) -> list[Arm]:
-    """Returns the arms that hear; the first is what the others are compared with. All compute in float32 but one."""
+    """Returns the arms that hear, the first of them what the others are compared with; in float32 unless named."""
     config = _config(workdir)
     values = json.loads(config_lib.to_json(config))
 
-    def run(name: str, workdir: Path, merged: bool, matmul_dtype: str = "") -> Arm:
-        options = {"workdir": str(workdir), "merged": merged, "matmul_dtype": matmul_dtype}
-        return Arm(name, _OURS, {"kind": "run", **options})
+    def run(name: str, workdir: Path, merged: bool) -> Arm:
+        return Arm(name, _OURS, {"kind": "run", "workdir": str(workdir), "merged": merged})
 
     own = checkpoint.inference_meta(workdir)[1]["own"]
     mergeable = any(path.startswith("lora/") for path in own) and config.lora.scope != "audio"
     arms = [run("AuRA merged", workdir, True)] if mergeable else []
     arms.append(run("AuRA", workdir, False))
-    if config.model.matmul_dtype:
-        arms.append(
-            run(f"{arms[0].name}, {config.model.matmul_dtype} products", workdir, mergeable, config.model.matmul_dtype)
-        )
     if bridge is not None:
         arms.append(run("bridge", bridge, False))
     arms.append(Arm("cascade, 30 s window", _OURS, {"kind": "cascade", "config": values, "silence": None}))
@@ -339,27 +336,11 @@ EQUAL = {"ours, float32": "llama.cpp, F32", "ours, int8": "llama.cpp, Q8_0"}
 
 @dataclasses.dataclass
 class Running:
-    """An arm's process, with what its `load` returned and the seconds from its start to a first token."""
+    """An arm's process, with what its `load` returned."""
 
     arm: Arm
     worker: Worker
     about: dict[str, Any]
-    seconds: float
-
-
-def start(arm: Arm, case: Case, clip: str, folder: Path) -> Running:
-    """Starts an arm, and waits for the first token of its answer to a clip; jax finds what it compiled last time."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in arm.name)
-    clock = time.perf_counter()
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"{name}-compiled")}
-    worker = Worker(arm.command, environment, folder / f"{name}.log")
-    try:
-        about = worker.ask("load", case=str(case.directory), **arm.options)
-        worker.ask("answer", clip=clip, n_tokens=1)
-    except BaseException:
-        worker.close()
-        raise
-    return Running(arm, worker, about, time.perf_counter() - clock)
 
 
 @contextmanager
@@ -368,21 +349,28 @@ def started(
 ) -> Iterator[tuple[list[Running], dict[str, dict[str, float]]]]:
     """Starts the arms one after the other; yields their processes, and the seconds of {"cold"} and {"warm"} starts.
 
-    A cold one finds nothing compiled. With `warm` every arm is then started again, and finds what it compiled. Both
-    read files that were read before.
+    A start is over with the first token of an answer to `clip`. A cold one finds nothing compiled. With `warm` each of
+    ours is started again, and finds what it compiled; the peers compile nothing. Files were read before in both.
     """
     with ExitStack() as stack:
         running, seconds = [], {}
         for arm in arms:
             print(f"starting {arm.name}", file=sys.stderr, flush=True)
-            one = start(arm, case, clip, folder)
-            seconds[arm.name] = {"cold": one.seconds}
-            if warm:
-                one.worker.close()
-                one = start(arm, case, clip, folder)
-                seconds[arm.name]["warm"] = one.seconds
-            stack.callback(one.worker.close)
-            running.append(one)
+            seconds[arm.name] = {}
+            kinds = ("cold", "warm") if warm and arm.is_ours else ("cold",)
+            for kind in kinds:
+                name = "".join(letter if letter.isalnum() else "-" for letter in arm.name)
+                environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"{name}-compiled")}
+                clock = time.perf_counter()
+                with ExitStack() as only:
+                    worker = only.enter_context(_worker(arm.command, environment, folder / f"{name}.log"))
+                    about = worker.ask("load", case=str(case.directory), **arm.options)
+                    worker.ask("answer", clip=clip, n_tokens=1)
+                    seconds[arm.name][kind] = time.perf_counter() - clock
+                    if kind == kinds[-1]:
+                        worker.ask("watch")  # gives back what loading and compiling needed
+                        running.append(Running(arm, worker, about))
+                        stack.push(only.pop_all())
         yield running, seconds
 
 
@@ -457,7 +445,7 @@ def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) ->
     for one in running:
         name = one.arm.name
         out[name] = {
-            "ours": one.arm.command == _OURS,
+            "ours": one.arm.is_ours,
             **one.about,
             "start_seconds": starts[name],
             "first_token": {
@@ -491,7 +479,7 @@ def measure_decode(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) ->
     tokens = {name: [of.per_token for of in rounds] for name, rounds in found.items()}
     out = {
         one.arm.name: {
-            "ours": one.arm.command == _OURS,
+            "ours": one.arm.is_ours,
             **one.about,
             "seconds_per_token": spread(tokens[one.arm.name]),
             "weight_bytes_per_second": one.about["weight_bytes"] / statistics.median(tokens[one.arm.name]),

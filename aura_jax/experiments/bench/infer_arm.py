@@ -32,6 +32,32 @@ _Make = Callable[[System, int], Answers]
 class Arm:
     """One way to answer, from a case folder (see `infer_case`)."""
 
+    def prepare(self, workdir: str, n_padding: int, n_rows: int, export: str | None = None) -> dict[str, Any]:
+        """Chooses the silence of a cascade, and exports a run to torch.
+
+        Args:
+          n_padding: clips of held-out voices that choose it; 0: it is not chosen.
+          n_rows: of them that are heard together.
+          export: the folder to write.
+
+        Returns:
+          {"silence": of `Padding.values`, None if it is not chosen or no voices are held out}.
+        """
+        # Here, because no start of an arm should wait for these imports.
+        from aura_jax.exchange.export import export_run
+        from aura_jax.experiments.compare.job import needed_padding
+
+        if export is not None:
+            export_run(Path(workdir), Path(export), "hf", dtype="float32")
+        config = config_lib.from_json(Path(workdir) / "config.json")
+        found = None
+        if n_padding:
+            # As many tokens as the run's own answers may have: where it repeats itself, it would go on for long.
+            most = config.eval.max_new_tokens
+            whisper = Transcriber(assets.resolve(whisper_of(config)), batch_size=n_rows, max_new_tokens=most)
+            found = needed_padding(whisper, config, n_padding)
+        return {"silence": found.values() if found else None}
+
     def load(self, case: str, kind: str, **options: Any) -> dict[str, Any]:
         """Loads the models.
 
@@ -110,15 +136,16 @@ class Arm:
         return self._made[key]
 
 
-def _run(about: Mapping[str, Any], workdir: str, merged: bool, matmul_dtype: str) -> tuple[System, _Make, int]:
+def _run(about: Mapping[str, Any], workdir: str, merged: bool) -> tuple[System, _Make, int]:
     """A trained run.
 
     Args:
       merged: with its adapters folded into the LLM.
-      matmul_dtype: of the operands of products with the LLM's weights; "": as it computes.
     """
     built, variables = checkpoint.load_for_inference(Path(workdir))
-    built = _with_products(built, matmul_dtype)
+    model: Any = built.model
+    # Whatever operands it was trained with, what it is compared with has those of its weights.
+    built = dataclasses.replace(built, model=model.clone(matmul_dtype=None))
     if merged:
         assert built.model.config.lora is not None
         llm = merge(variables["params"]["llm"], variables["lora"]["llm"], built.model.config.lora)
@@ -166,14 +193,6 @@ def _llm(about: Mapping[str, Any], config: Mapping[str, Any], dtype: str) -> tup
         system, plain.variables, batch_size=n_rows, max_new_tokens=n, adapters_on_text=False
     )
     return plain.system, make, _weight_bytes(plain.variables["params"]["llm"])
-
-
-def _with_products(built: System, matmul_dtype: str) -> System:
-    config = built.config.copy_and_resolve_references()
-    config.model.matmul_dtype = matmul_dtype
-    model: Any = built.model
-    kind = jnp.dtype(matmul_dtype) if matmul_dtype else None
-    return dataclasses.replace(built, config=config, model=model.clone(matmul_dtype=kind))
 
 
 def _weight_bytes(tree: Mapping[str, Any]) -> int:
