@@ -88,7 +88,7 @@ def test_arms_are_those_that_the_run_and_the_peers_allow(workdir):
 def test_arms_take_turns_in_orders_that_are_drawn(monkeypatch):
     monkeypatch.setattr(infer, "_REST", 0.0)
     asked = []
-    running = [infer.Running(infer.Arm(name, (), {}), name, {}) for name in "abc"]
+    running = [infer.Running(infer.Arm(name, (), {}), name, {}, {}) for name in "abc"]
     found = infer.take_turns(running, 6, lambda worker: asked.append(worker) or len(asked), random.Random(0))
     rounds = ["".join(asked[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 2
@@ -114,6 +114,15 @@ def test_gguf_matrices_are_the_runs_own(tiny_llm_dir, tmp_path):
             q = unpermute_rope(found[name], n_heads)
             assert np.abs(q - wanted[key]).max() <= most * np.abs(wanted[key]).max()
         assert np.array_equal(found["output_norm.weight"], wanted["model.norm.weight"])
+
+
+def test_a_peer_that_dies_is_left_out(tmp_path):
+    died = (sys.executable, "-c", "import sys; sys.exit('no such instruction')")
+    left_out = []
+    case = infer_case.Case(tmp_path, (), (), (), 0.0)
+    with infer.started([infer.Arm("theirs", died, {})], case, "1", tmp_path, left_out) as running:
+        assert running == []
+    assert left_out == ["theirs: died: no such instruction"]
 
 
 class FakeWhisper:

@@ -31,7 +31,7 @@ from aura_jax.errors import UserError, nearest
 from aura_jax.evaluate.score import score
 from aura_jax.experiments.bench import infer_case, infer_report
 from aura_jax.experiments.bench.infer_case import Case
-from aura_jax.experiments.bench.protocol import Worker
+from aura_jax.experiments.bench.protocol import Worker, WorkerFailed
 from aura_jax.experiments.bench.train import spread
 from aura_jax.infer.cascade import whisper_of
 
@@ -47,9 +47,9 @@ _PACKAGES = {
 _OURS = (sys.executable, "-m", "aura_jax.experiments.bench.infer_arm")
 _THEIRS = (sys.executable, str(PEER))
 _CONTEXT = 1024  # columns of llama.cpp's cache
-T = TypeVar("T")
-
 _REST = 0.2  # seconds between two arms: threads of the one before may wait busily for more work
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,17 +226,16 @@ def measure(workdir: Path, bridge: Path | None, peers: Sequence[str], plan: Plan
     if silence is None or silence["seconds"] is None:
         left_out.append("the cascade with a short window: no silence is known to be enough")
     left_out += [f"{peer}: not among --peers" for peer in PEERS if peer not in peers]
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
     arms = speech_arms(workdir, bridge, peers, silence, files)
+    alone = decode_arms(config, plan.dtypes, peers, files)
     return {
         "plan": dataclasses.asdict(plan),
         "threads": machine.n_cores(),
-        "left_out": left_out,
         "silence": silence,
         "test": {"sets": dict(config.eval.sets), "clips": len(case.tests), "seconds": case.seconds},
-        "arms": measure_speech(arms, case, plan, folder),
-        "decode": measure_decode(decode_arms(config, plan.dtypes, peers, files), case, plan, folder),
+        "arms": measure_speech(arms, case, plan, folder, left_out),
+        "decode": measure_decode(alone, case, plan, folder, left_out),
+        "left_out": left_out,
     }
 
 
@@ -253,10 +252,10 @@ def _prepare(
     ours = {"workdir": str(workdir), "n_padding": plan.n_padding, "n_rows": plan.n_batch}
     if "hf" in peers:
         files["export"] = ours["export"] = str(folder / "export")
-    with _worker(_OURS, {}, folder / "prepare-ours.log") as worker:
+    with _worker(_OURS, folder / "prepare-ours.log") as worker:
         silence = worker.ask("prepare", **ours)["silence"]
     if {"faster-whisper", "llama.cpp"} & set(peers):
-        with _worker(_THEIRS, {}, folder / "prepare-theirs.log") as worker:
+        with _worker(_THEIRS, folder / "prepare-theirs.log") as worker:
             files["ctranslate2"] = str(folder / "ctranslate2")
             worker.ask("prepare", what="ctranslate2", directory=files["whisper"], output=files["ctranslate2"])
             for kind in ("F32", "Q8_0", "Q4_1") if "llama.cpp" in peers else ():
@@ -266,8 +265,8 @@ def _prepare(
 
 
 @contextmanager
-def _worker(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Worker]:
-    worker = Worker(command, environment, log)
+def _worker(command: Sequence[str], log: Path) -> Iterator[Worker]:
+    worker = Worker(command, {}, log)
     try:
         yield worker
     finally:
@@ -336,42 +335,57 @@ EQUAL = {"ours, float32": "llama.cpp, F32", "ours, int8": "llama.cpp, Q8_0"}
 
 @dataclasses.dataclass
 class Running:
-    """An arm's process, with what its `load` returned."""
+    """An arm's process, with what its `load` returned, and the seconds of its starts: {"cold"}, or {"cold", "warm"}."""
 
     arm: Arm
     worker: Worker
     about: dict[str, Any]
+    seconds: dict[str, float]
 
 
 @contextmanager
 def started(
-    arms: Sequence[Arm], case: Case, clip: str, folder: Path, warm: bool
-) -> Iterator[tuple[list[Running], dict[str, dict[str, float]]]]:
-    """Starts the arms one after the other; yields their processes, and the seconds of {"cold"} and {"warm"} starts.
+    arms: Sequence[Arm], case: Case, clip: str, folder: Path, left_out: list[str], warm: bool = False
+) -> Iterator[list[Running]]:
+    """Starts the arms one after the other; yields their processes. A peer that fails is added to what is left out.
 
     A start is over with the first token of an answer to `clip`. A cold one finds nothing compiled. With `warm` each of
     ours is started again, and finds what it compiled; the peers compile nothing. Files were read before in both.
     """
     with ExitStack() as stack:
-        running, seconds = [], {}
+        running = []
         for arm in arms:
             print(f"starting {arm.name}", file=sys.stderr, flush=True)
-            seconds[arm.name] = {}
-            kinds = ("cold", "warm") if warm and arm.is_ours else ("cold",)
-            for kind in kinds:
-                name = "".join(letter if letter.isalnum() else "-" for letter in arm.name)
-                environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"{name}-compiled")}
-                clock = time.perf_counter()
-                with ExitStack() as only:
-                    worker = only.enter_context(_worker(arm.command, environment, folder / f"{name}.log"))
-                    about = worker.ask("load", case=str(case.directory), **arm.options)
-                    worker.ask("answer", clip=clip, n_tokens=1)
-                    seconds[arm.name][kind] = time.perf_counter() - clock
-                    if kind == kinds[-1]:
-                        worker.ask("watch")  # gives back what loading and compiling needed
-                        running.append(Running(arm, worker, about))
-                        stack.push(only.pop_all())
-        yield running, seconds
+            try:
+                one = _started(arm, case, clip, folder)
+                if warm and arm.is_ours:
+                    one.worker.close()
+                    again = _started(arm, case, clip, folder)
+                    one = dataclasses.replace(again, seconds=one.seconds | {"warm": again.seconds["cold"]})
+            except WorkerFailed as error:
+                if arm.is_ours:
+                    raise
+                left_out.append(f"{arm.name}: {error}")
+                print(f"left out: {left_out[-1]}", file=sys.stderr, flush=True)
+                continue
+            stack.callback(one.worker.close)
+            one.worker.ask("watch")  # gives back what loading and compiling needed
+            running.append(one)
+        yield running
+
+
+def _started(arm: Arm, case: Case, clip: str, folder: Path) -> Running:
+    name = "".join(letter if letter.isalnum() else "-" for letter in arm.name)
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"{name}-compiled")}
+    clock = time.perf_counter()
+    worker = Worker(arm.command, compiled, folder / f"{name}.log")
+    try:
+        about = worker.ask("load", case=str(case.directory), **arm.options)
+        worker.ask("answer", clip=clip, n_tokens=1)
+    except BaseException:
+        worker.close()
+        raise
+    return Running(arm, worker, about, {"cold": time.perf_counter() - clock})
 
 
 def take_turns(
@@ -410,7 +424,7 @@ def whole_answer(clip: str, n_tokens: int) -> Callable[[Worker], Whole]:
     return lambda worker: Whole(first(worker), whole(worker), n_tokens)
 
 
-def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
+def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path, left_out: list[str]) -> dict[str, Any]:
     """Returns what every arm does with speech.
 
     Returns:
@@ -424,7 +438,7 @@ def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) ->
     clips = {length: f"{length:g}" for length in plan.lengths}
     whole = whole_answer(clips[plan.whole], plan.n_tokens)
     together = lambda worker: worker.ask("batch", n_tokens=plan.batch_tokens)["seconds"]
-    with started(arms, case, clips[plan.start], folder, plan.warm) as (running, starts):
+    with started(arms, case, clips[plan.start], folder, left_out, plan.warm) as running:
         heard = {}
         for one in running:
             print(f"{one.arm.name} writes down the test clips", file=sys.stderr, flush=True)
@@ -447,7 +461,7 @@ def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) ->
         out[name] = {
             "ours": one.arm.is_ours,
             **one.about,
-            "start_seconds": starts[name],
+            "start_seconds": one.seconds,
             "first_token": {
                 clips[length]: spread(of[name]) | {"times": spread(_ratios(of[name], of[reference]))}
                 for length, of in first.items()
@@ -462,7 +476,7 @@ def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) ->
     return out
 
 
-def measure_decode(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
+def measure_decode(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path, left_out: list[str]) -> dict[str, Any]:
     """Returns how fast the LLM alone goes on, and how many bytes of weights each token of an answer reads.
 
     Returns:
@@ -471,7 +485,7 @@ def measure_decode(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path) ->
       at equal precision}}.
     """
     whole = whole_answer("text", plan.n_tokens)
-    with started(arms, case, "text", folder, warm=False) as (running, _):
+    with started(arms, case, "text", folder, left_out) as running:
         for one in running:
             whole(one.worker)
         read = running[0].worker.ask("bandwidth", n_bytes=plan.read_bytes, n_times=5)["bytes_per_second"]
