@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aura_jax.errors import UserError, nearest
 from aura_jax.models.attention import attention
 from aura_jax.models.lora import LINEAR, Dense, LoRAConfig, float_dtype, matmul
-from aura_jax.sharding import keep_heads, keep_rows, replicated
+from aura_jax.sharding import keep_heads, keep_rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 REMAT = ("none", "dots", "full")
@@ -407,5 +407,5 @@ def blocks_apart(llm: Mapping[str, Any]) -> dict[str, Any]:
 def _as_placed(x: jax.Array) -> jax.sharding.Sharding | None:
     """Returns where to put parts of an array of one device, so that jax takes them for placed alike; None: anywhere."""
     if isinstance(x.sharding, NamedSharding):
-        return replicated(x.sharding.mesh)
+        return NamedSharding(x.sharding.mesh, PartitionSpec())
     return x.sharding if x.committed else None
