@@ -24,6 +24,7 @@ from flax import struct
 
 from aura_jax.audio import features
 from aura_jax.audio.io import AudioError, Blocks
+from aura_jax.config import Config
 from aura_jax.errors import UserError
 from aura_jax.infer.answer_text import AnswerText, checked_stop
 from aura_jax.infer.generate import Answers, Generator, Prompted, Reply, first_tokens, told
@@ -32,7 +33,6 @@ from aura_jax.infer.reading import AT_AUDIO, Program
 from aura_jax.infer.sampling import GREEDY, Choice, Sampling
 from aura_jax.models.embedder import FRAMES_AHEAD
 from aura_jax.models.llm import Cache, Context
-from aura_jax.system import System
 
 # What the mask "causal" reads at a time. Each piece is a pass over all weights, which takes a 135M LLM on two CPU cores
 # a twentieth of this; and up to one is left to the end.
@@ -40,9 +40,8 @@ _PIECE_SECONDS = 0.32
 _HALF_WINDOW = features.N_FFT // 2
 
 
-def check_streams(system: System) -> None:
+def check_streams(c: Config) -> None:
     """Raises UserError for a model that has to know the end of a clip before it hears its beginning."""
-    c = system.config
     mend = "train configs/quickstart_streaming.py, or your own config with its two changes"
     if c.embedder.kind not in FRAMES_AHEAD:
         raise UserError(f"embedder.kind {c.embedder.kind!r} keeps an encoder, which hears whole clips only: {mend}")
@@ -124,8 +123,8 @@ class Session:
           UserError: the model does not stream, a turn of the history has audio, or a value is out of range.
         """
         system = generator.system
-        check_streams(system)
         c, config = system.config, system.model.config
+        check_streams(c)
         self._max_seconds: float = c.data.max_seconds if max_seconds is None else max_seconds
         longest = max(c.eval.max_seconds, c.data.max_seconds)
         if not 0 < self._max_seconds <= longest:

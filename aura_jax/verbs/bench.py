@@ -22,6 +22,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", type=Path, help="infer: the run that answers; data: also count its steps that waited for data"
     )
     parser.add_argument("--bridge", type=Path, metavar="RUN", help="infer: a run that keeps its encoder")
+    parser.add_argument("--streaming", type=Path, metavar="RUN", help="infer: a run that hears while there is speech")
     parser.add_argument(
         "--peers", metavar="A,B,...", help="infer: some of torch,faster-whisper,llama.cpp,hf (default: all), or none"
     )
@@ -29,7 +30,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     output = args.output or _RESULTS / f"{args.what}.json"
-    for name in ("bridge", "peers"):
+    for name in ("bridge", "streaming", "peers"):
         if args.what != "infer" and getattr(args, name) is not None:
             raise UserError(f"--{name} is for bench infer: drop it")
     make_parent(output)
@@ -59,7 +60,7 @@ def _infer(args: argparse.Namespace, output: Path, config_arguments: Sequence[st
     from aura_jax.experiments.bench import infer
 
     peers = infer.PEERS if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
-    return infer.main(args.workdir, output, args.bridge, peers, quick=args.quick, figure=args.figure)
+    return infer.main(args.workdir, output, args.bridge, args.streaming, peers, quick=args.quick, figure=args.figure)
 
 
 VERBS = {

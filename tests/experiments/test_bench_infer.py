@@ -50,6 +50,7 @@ def test_what_is_missing_is_said_before_anything_starts(workdir, tiny_workdir, t
     assert "no run is in it" in mistake(capsys, "--workdir", str(tmp_path), *output, "--peers", "none")
     assert "eval.sets is empty" in mistake(capsys, "--workdir", str(tiny_workdir), *output, "--peers", "none")
     assert "keeps no encoder, so it is no bridge" in mistake(capsys, *alone, "--bridge", str(workdir))
+    assert "hears whole clips only: train configs/" in mistake(capsys, *alone, "--streaming", str(workdir))
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else real(name))
     monkeypatch.setattr(infer, "_PACKAGES", infer._PACKAGES | {"llama.cpp": (("llama_cpp", "peers"),)})
@@ -71,8 +72,8 @@ def test_bridges_and_llms_that_a_peer_cannot_read_are_refused(workdir, tmp_path,
 def test_arms_are_those_that_the_run_and_the_peers_allow(workdir):
     silence = {"seconds": 3.0, "windows": [4.0], "wer": {}}
     files = {name: name for name in ("llm", "whisper", "ctranslate2", "F32", "Q8_0", "Q4_1", "export")}
-    names = lambda peers, found: [arm.name for arm in infer.speech_arms(workdir, workdir, peers, found, files)]
-    own = ["AuRA merged", "AuRA", "bridge", "cascade, 30 s window"]
+    names = lambda peers, found: [arm.name for arm in infer.speech_arms(workdir, workdir, workdir, peers, found, files)]
+    own = ["AuRA merged", "AuRA", "AuRA streaming, merged", "bridge", "cascade, 30 s window"]
     assert names([], None) == own
     assert names(["torch", "hf"], silence) == [
         *own,
@@ -179,21 +180,25 @@ def test_a_peer_reads_the_transcript_in_the_runs_own_prompt(workdir, tmp_path, m
 
 
 @pytest.mark.slow
-def test_the_whole_of_it_on_random_tiny_models(workdir, tmp_path, monkeypatch, capsys):
+def test_the_whole_of_it_on_random_tiny_models(workdir, tiny_loaded, write_workdir, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "argv", ["aura-jax", "bench", "infer", "--quick"])
     output = tmp_path / "infer.json"
-    assert infer.main(workdir, output, None, ("torch", "hf"), quick=True) == 0
+    c = config.from_json(workdir / "config.json")
+    c.model.mask, c.model.normalisation = "causal", "streaming"
+    streaming = write_workdir(dataclasses.replace(tiny_loaded[0], config=c), tiny_loaded[1], tmp_path / "streaming")
+    assert infer.main(workdir, output, None, streaming, ("torch", "hf"), quick=True) == 0
     results = json.loads(output.read_text())
     printed = capsys.readouterr().out
     assert infer_report.table(results) in printed
     assert (tmp_path / "infer.svg").read_text().startswith("<?xml")
-    assert results["test"]["clips"] == 2 and "the bridge: no --bridge" in results["left_out"]
+    assert results["test"]["clips"] == 2 and "bridge: no --bridge" in results["left_out"]
     arms = results["arms"]
     assert list(arms) == [
-        *("AuRA merged", "AuRA", "cascade, 30 s window", "torch Whisper + torch LLM", "AuRA, our export in torch")
+        *("AuRA merged", "AuRA", "AuRA streaming, merged", "cascade, 30 s window"),
+        *("torch Whisper + torch LLM", "AuRA, our export in torch"),
     ]
     # What is the same model hears the same words, wherever it runs.
     assert arms["AuRA"]["wer"] == arms["AuRA merged"]["wer"] == arms["AuRA, our export in torch"]["wer"]

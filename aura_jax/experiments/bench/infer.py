@@ -34,6 +34,7 @@ from aura_jax.experiments.bench.infer_case import Case
 from aura_jax.experiments.bench.protocol import Worker, WorkerFailed
 from aura_jax.experiments.bench.train import spread
 from aura_jax.infer.cascade import whisper_of
+from aura_jax.infer.stream import check_streams
 
 PEER = Path("benchmarks/peers/infer_worker.py")
 PEERS = ("torch", "faster-whisper", "llama.cpp", "hf")
@@ -126,6 +127,7 @@ def main(
     workdir: Path,
     output: Path,
     bridge: Path | None = None,
+    streaming: Path | None = None,
     peers: Sequence[str] = PEERS,
     quick: bool = False,
     figure: Path | None = None,
@@ -135,6 +137,7 @@ def main(
     Args:
       workdir: a trained run whose model needs no encoder.
       bridge: one that keeps its encoder; None: it is left out.
+      streaming: one that can hear while there is speech; None: it is left out.
       peers: some of `PEERS`.
       quick: little of everything: shows that it works, measures nothing worth quoting.
       figure: an .svg or .png; None: beside `output`.
@@ -143,11 +146,11 @@ def main(
       UserError: as `check`.
     """
     figure = figure or output.with_suffix(".svg")
-    check(workdir, bridge, peers, output, figure)
+    check(workdir, bridge, streaming, peers, output, figure)
     clock = time.perf_counter()
     plan = QUICK if quick else Plan()
     with tempfile.TemporaryDirectory(prefix="aura-bench-") as folder:
-        results = measure(workdir, bridge, peers, plan, Path(folder))
+        results = measure(workdir, bridge, streaming, peers, plan, Path(folder))
     results = {
         "what": "A spoken question answered by this package and by what a user would run instead, in turns",
         "command": shlex.join(["aura-jax", *sys.argv[1:]]),
@@ -164,7 +167,9 @@ def main(
     return 0
 
 
-def check(workdir: Path, bridge: Path | None, peers: Sequence[str], output: Path, figure: Path) -> None:
+def check(
+    workdir: Path, bridge: Path | None, streaming: Path | None, peers: Sequence[str], output: Path, figure: Path
+) -> None:
     """Raises UserError for whatever would stop the measurement, before it starts."""
     for name in peers:
         if name not in PEERS:
@@ -194,6 +199,8 @@ def check(workdir: Path, bridge: Path | None, peers: Sequence[str], output: Path
     whisper_of(config)
     if bridge is not None and not _config(bridge).model.encoder:
         raise UserError(f"--bridge {bridge}: it keeps no encoder, so it is no bridge: name one, or leave --bridge out")
+    if streaming is not None:
+        check_streams(_config(streaming))
     if "llama.cpp" in peers:
         family = hf.text_config(assets.resolve(config.model.llm)).get("model_type")
         if family != "llama":
@@ -209,7 +216,9 @@ def _config(workdir: Path) -> Config:
     return config_lib.from_json(file)
 
 
-def measure(workdir: Path, bridge: Path | None, peers: Sequence[str], plan: Plan, folder: Path) -> dict[str, Any]:
+def measure(
+    workdir: Path, bridge: Path | None, streaming: Path | None, peers: Sequence[str], plan: Plan, folder: Path
+) -> dict[str, Any]:
     """Returns everything that is measured, as it is written."""
     config = _config(workdir)
     case = infer_case.write(
@@ -222,11 +231,12 @@ def measure(workdir: Path, bridge: Path | None, peers: Sequence[str], plan: Plan
         folder / "case",
     )
     silence, files = _prepare(workdir, config, peers, plan, folder)
-    left_out = [] if bridge else ["the bridge: no --bridge"]
+    runs = {"bridge": bridge, "streaming": streaming}
+    left_out = [f"{name}: no --{name}" for name, run in runs.items() if run is None]
     if silence is None or silence["seconds"] is None:
         left_out.append("the cascade with a short window: no silence is known to be enough")
     left_out += [f"{peer}: not among --peers" for peer in PEERS if peer not in peers]
-    arms = speech_arms(workdir, bridge, peers, silence, files)
+    arms = speech_arms(workdir, bridge, streaming, peers, silence, files)
     alone = decode_arms(config, plan.dtypes, peers, files)
     return {
         "plan": dataclasses.asdict(plan),
@@ -276,6 +286,7 @@ def _worker(command: Sequence[str], log: Path) -> Iterator[Worker]:
 def speech_arms(
     workdir: Path,
     bridge: Path | None,
+    streaming: Path | None,
     peers: Sequence[str],
     silence: Mapping[str, Any] | None,
     files: Mapping[str, str],
@@ -284,13 +295,14 @@ def speech_arms(
     config = _config(workdir)
     values = json.loads(config_lib.to_json(config))
 
-    def run(name: str, workdir: Path, merged: bool) -> Arm:
-        return Arm(name, _OURS, {"kind": "run", "workdir": str(workdir), "merged": merged})
+    def run(name: str, workdir: Path, merged: bool, kind: str = "run") -> Arm:
+        return Arm(name, _OURS, {"kind": kind, "workdir": str(workdir), "merged": merged})
 
-    own = checkpoint.inference_meta(workdir)[1]["own"]
-    mergeable = any(path.startswith("lora/") for path in own) and config.lora.scope != "audio"
-    arms = [run("AuRA merged", workdir, True)] if mergeable else []
+    arms = [run("AuRA merged", workdir, True)] if _merges(workdir) else []
     arms.append(run("AuRA", workdir, False))
+    if streaming is not None:
+        merged = _merges(streaming)
+        arms.append(run(f"AuRA streaming{', merged' if merged else ''}", streaming, merged, "listening"))
     if bridge is not None:
         arms.append(run("bridge", bridge, False))
     arms.append(Arm("cascade, 30 s window", _OURS, {"kind": "cascade", "config": values, "silence": None}))
@@ -314,6 +326,12 @@ def speech_arms(
     if "hf" in peers:
         arms.append(peer("AuRA, our export in torch", None, "export", files["export"]))
     return arms
+
+
+def _merges(workdir: Path) -> bool:
+    """Whether a run has adapters that can be folded into its LLM."""
+    own = checkpoint.inference_meta(workdir)[1]["own"]
+    return any(path.startswith("lora/") for path in own) and _config(workdir).lora.scope != "audio"
 
 
 def decode_arms(config: Config, dtypes: Sequence[str], peers: Sequence[str], files: Mapping[str, str]) -> list[Arm]:

@@ -19,14 +19,44 @@ from aura_jax.evaluate.run import Answers
 from aura_jax.experiments.bench import protocol
 from aura_jax.experiments.bench.infer_case import TEXT
 from aura_jax.infer.cascade import Cascade, whisper_of
-from aura_jax.infer.generate import Generator, plain_generator
+from aura_jax.infer.generate import Generator, Reply, plain_generator
 from aura_jax.infer.prompting import Request
+from aura_jax.infer.stream import Session
 from aura_jax.infer.transcriber import Transcriber
 from aura_jax.models.lora import merge
 from aura_jax.system import System
 
 # A system, the number of tokens of its longest answer -> what answers so.
 _Make = Callable[[System, int], Answers]
+
+_PORTION = SAMPLE_RATE // 50  # samples that a microphone gives at a time
+
+
+class Listener:
+    """Hears each clip while it is spoken, one clip after another, in sessions of equal room."""
+
+    def __init__(self, generator: Generator, room: float):
+        """`room`: seconds of speech."""
+        self.batch_size = 1
+        self._generator, self._room = generator, room
+
+    def heard(self, waveform_S: np.ndarray) -> Session:
+        """Returns the session of a clip whose last sample has just come."""
+        session = Session(self._generator, max_seconds=self._room)
+        for start in range(0, len(waveform_S), _PORTION):
+            session.push(waveform_S[start : start + _PORTION])
+        session.wait()
+        return session
+
+    def generate(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> list[Reply]:
+        """Returns the answers; their `seconds` begin at the end of speech."""
+        replies = []
+        for request in requests:
+            assert request.waveform is not None
+            replies.append(self.heard(request.waveform).reply())
+            if progress is not None:
+                progress(1)
+        return replies
 
 
 class Arm:
@@ -62,7 +92,7 @@ class Arm:
         """Loads the models.
 
         Args:
-          kind: "run", "cascade" or "llm".
+          kind: "run", "listening", "cascade" or "llm".
           options: as of the function of that kind.
         """
         folder = Path(case)
@@ -70,26 +100,29 @@ class Arm:
             self._clips = dict(file)
         about = json.loads((folder / "case.json").read_text())
         self._batch, self._most = about["batch"], about["max_new_tokens"]
-        kinds = {"run": _run, "cascade": _cascade, "llm": _llm}
+        kinds = {"run": _run, "listening": _listening, "cascade": _cascade, "llm": _llm}
+        self._listens = kind == "listening"
         self._system, self._make, weights = kinds[kind](about, **options)
         self._made: dict[tuple[Any, ...], Answers] = {}
         return {
             "versions": machine.versions(("jax", "jaxlib", "flax")),
-            "batch": len(self._batch),
+            "batch": 1 if self._listens else len(self._batch),
             "weight_bytes": weights,
         }
 
     def answer(self, clip: str, n_tokens: int) -> dict[str, Any]:
-        """Returns the wall time from a clip (or the text) to the last of so many tokens of its answer."""
+        """Returns the wall time from the end of a clip (or the text) to the last of so many tokens of its answer."""
         # Each length is padded to itself, as it would be where such clips are what is answered.
         lengths = tuple(len(waveform) / SAMPLE_RATE for name, waveform in self._clips.items() if name[0] != "t")
-        return self._timed([clip], n_tokens, lengths)
+        timed = self._timed([clip], n_tokens, lengths)
+        return {"seconds": timed["answers"] if self._listens else timed["seconds"]}
 
     def batch(self, n_tokens: int) -> dict[str, Any]:
         """Returns the wall time until each clip of the batch has so many tokens of its answer."""
-        return self._timed(self._batch, n_tokens, self._longest(self._batch))
+        return {"seconds": self._timed(self._batch, n_tokens, self._longest(self._batch))["seconds"]}
 
-    def _timed(self, clips: Sequence[str], n_tokens: int, buckets: tuple[float, ...]) -> dict[str, Any]:
+    def _timed(self, clips: Sequence[str], n_tokens: int, buckets: tuple[float, ...]) -> dict[str, float]:
+        """Returns the "seconds" of it all, and the longest that a reply says of its "answers"."""
         answers = self._of(n_tokens, buckets, ends=False)
         requests = [Request(self._clips[clip]) if clip in self._clips else Request(prompt=TEXT) for clip in clips]
         start = time.perf_counter()
@@ -97,7 +130,7 @@ class Arm:
         seconds = time.perf_counter() - start
         if {len(reply.tokens) for reply in replies} != {n_tokens}:
             raise ValueError(f"answers of {[len(reply.tokens) for reply in replies]} tokens, not of {n_tokens}")
-        return {"seconds": seconds}
+        return {"seconds": seconds, "answers": max(reply.seconds for reply in replies)}
 
     def hear(self, clips: Sequence[str]) -> dict[str, Any]:
         """Returns what it writes down of each clip."""
@@ -152,6 +185,18 @@ def _run(about: Mapping[str, Any], workdir: str, merged: bool) -> tuple[System, 
         variables = {"params": variables["params"] | {"llm": llm}}
     size = _weight_bytes(variables["params"]["llm"]) + _weight_bytes(variables.get("lora", {}))
     return built, lambda system, n: Generator(system, variables, batch_size=len(about["batch"]), max_new_tokens=n), size
+
+
+def _listening(about: Mapping[str, Any], workdir: str, merged: bool) -> tuple[System, _Make, int]:
+    """A trained run that hears clips while they are spoken; arguments as of `_run`. There is room for the longest."""
+    built, make, size = _run(about, workdir, merged)
+
+    def make_listener(system: System, n_tokens: int) -> Answers:
+        generator = make(system, n_tokens)
+        assert isinstance(generator, Generator)
+        return Listener(generator, max(system.config.data.buckets))
+
+    return built, make_listener, size
 
 
 def _cascade(
