@@ -238,7 +238,8 @@ class Generator(Reader):
         if jax.default_backend() != "cpu" or self._mesh is not None or not as_held:
             return self.variables, program
         if self._apart is None or self._apart[0] is not self.variables:
-            apart = {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in self.variables.items()}
+            read = {name: tree for name, tree in self.variables.items() if "llm" in tree}  # not those of training
+            apart = {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in read.items()}
             self._apart = self.variables, apart
         return self._apart[1], dataclasses.replace(program, model=program.model.clone(apart=True))
 
