@@ -1,6 +1,7 @@
 """A tiny system, a batch of real speech, and everything a step needs."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,6 +25,22 @@ def write_pool(path: Path) -> Path:
     rows = [{"text": " ".join(f"{w}{i}" for w in words.split())} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _compiled_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets XLA leave out what makes programs fast, here and in processes that a test starts: a third of the time.
+
+    A test that looks at a compiled program (the marker "optimised") has it compiled as everywhere else.
+    """
+    if request.node.get_closest_marker("optimised"):
+        yield
+        return
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -156,6 +156,7 @@ def stacked(frozen: dict) -> dict[str, jax.Array]:
     return weights
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("matmul_dtype", ["", "bfloat16"])
 @pytest.mark.parametrize(
     ("objectives", "accumulate"),
