@@ -34,8 +34,8 @@ from aura_jax.infer.sampling import GREEDY, Choice, Sampling
 from aura_jax.models.embedder import FRAMES_AHEAD
 from aura_jax.models.llm import Cache, Context
 
-# What the mask "causal" reads at a time. Each piece is a pass over all weights, which takes a 135M LLM on two CPU cores
-# a twentieth of this; and up to one is left to the end.
+# What the mask "causal" reads at a time. Each piece is a pass over all weights, so shorter ones cost more; longer ones
+# leave more to the end.
 _PIECE_SECONDS = 0.32
 _HALF_WINDOW = features.N_FFT // 2
 

@@ -97,8 +97,8 @@ def test_arms_take_turns_in_orders_that_are_drawn(monkeypatch):
 
 
 def test_gguf_matrices_are_the_runs_own(tiny_llm_dir, tmp_path):
-    gguf_file = pytest.importorskip("gguf_file")
     import gguf
+    import gguf_file
     from safetensors.numpy import load_file
 
     from aura_jax.convert.gguf import unpermute_rope
@@ -154,7 +154,8 @@ class FakeLlama:
 
 
 def test_a_peer_reads_the_transcript_in_the_runs_own_prompt(workdir, tmp_path, monkeypatch):
-    infer_worker = pytest.importorskip("infer_worker")
+    import infer_worker
+
     monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=FakeWhisper))
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=FakeLlama))
     built = system.build(config.from_json(workdir / "config.json"))
@@ -181,7 +182,6 @@ def test_a_peer_reads_the_transcript_in_the_runs_own_prompt(workdir, tmp_path, m
 
 @pytest.mark.slow
 def test_the_whole_of_it_on_random_tiny_models(workdir, tiny_loaded, write_workdir, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("peft")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "argv", ["aura-jax", "bench", "infer", "--quick"])

@@ -15,7 +15,7 @@ from aura_jax.report import theme
 
 _GIB = 2**30
 _MILLISECONDS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
-_MARKS = "osD^vP*X<>"
+_MARKS = "osD^vP*X<>h"
 
 
 def speech_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -72,9 +72,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draws the time to a first token over the length of the speech, and what a token of the LLM alone takes."""
     arms: Mapping[str, Any] = results["arms"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=(3, 2))
-    values = []
+    values, colours = [], plt.get_cmap("tab20")
     for place, (name, arm) in enumerate(arms.items()):
-        colour, mark = f"C{place % 10}", _MARKS[place % len(_MARKS)]
+        # Ten colours, then their lighter kin.
+        colour, mark = colours(2 * place % 20 + place // 10 % 2), _MARKS[place % len(_MARKS)]
         first = arm["first_token"]
         seconds = [float(length) for length in first]
         median, low, high = ([1000 * of[edge] for of in first.values()] for edge in ("median", "low", "high"))
