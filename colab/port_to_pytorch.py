@@ -223,21 +223,11 @@ compare("hf", as_hf, heard, tokens[:, all_three["input_ids"].shape[1] :], writte
 # ## merged: a plain LLM directory
 #
 # LoRA folded into the weights: an ordinary Llama or Qwen for any runtime that takes embeddings as its prompt. Such a
-# runtime masks causally. This run lets audio look both ways, which it would not do there, so the export refuses:
+# runtime masks causally, as this run does. Of a run with another `model.mask` the export refuses, unless it is told to
+# `force`: there the model would hear badly.
 
 # %%
-from aura_jax.errors import UserError
-
-try:
-    export_as("merged")
-except UserError as error:
-    print(error)
-
-# %% [markdown]
-# Where one passes the mask oneself, as here, it can be had:
-
-# %%
-as_merged = export_as("merged", force=True)
+as_merged = export_as("merged")
 model = AutoModelForCausalLM.from_pretrained(as_merged)
 
 with torch.no_grad():
@@ -268,7 +258,7 @@ display(notebook.table(head, table))
 # |---|---|
 # | to train on in PyTorch, or to keep several adapters for one base | **peft** |
 # | to run it, share it, or mix spoken and written turns in a batch | **hf** |
-# | to serve it where only plain LLMs run | **merged**, of a run with `model.mask = "causal"` |
+# | to serve it where only plain LLMs run | **merged** |
 # | to keep the LLM as it was for text, to the bit | **hf**, or **peft** with the adapter off for written turns |
 #
 # Under **merged** the adapter acts on text as well: measure what that costs before you ship it

@@ -5,6 +5,5 @@ from configs import quickstart
 
 def get_config():
     c = quickstart.get_config()
-    c.model.mask = "causal"
     c.model.normalisation = "streaming"
     return c

@@ -37,14 +37,14 @@ def model(tiny_workdir) -> Model:
 @pytest.fixture(scope="module")
 def streaming_workdir(tiny_config, tiny_loaded, write_workdir, tmp_path_factory) -> Path:
     c = tiny_config()
-    c.model.mask, c.model.normalisation = "causal", "streaming"
+    c.model.normalisation = "streaming"
     return write_workdir(system_lib.build(c), tiny_loaded[1], tmp_path_factory.mktemp("runs") / "streaming")
 
 
 @pytest.fixture(scope="module")
 def exported(tiny_workdir, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exported")
-    return {name: export_run(tiny_workdir, root / name, name, force=name == "merged") for name in FORMATS}
+    return {name: export_run(tiny_workdir, root / name, name) for name in FORMATS}
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_a_model_listens(model, streaming_workdir, monkeypatch):
         session.push(CLIP[start : start + 1000])
     expected = streams.generate((CLIP, 8000), "Answer.", max_new_tokens=5, stop="!", temperature=0.5, seed=2)
     assert session.reply().tokens == expected.tokens
-    with pytest.raises(UserError, match=r"model.mask 'bidirectional' hears whole clips only"):
+    with pytest.raises(UserError, match=r"model.normalisation 'whisper' hears whole clips only"):
         model.listen()
     with pytest.raises(UserError, match="stop '': an empty string"):
         streams.listen(stop="")

@@ -48,7 +48,7 @@ WANTED = {
         3,
     ),
     "port_to_pytorch": (
-        "peft: .* answers: yes, hf: .* answers: yes, bidirectional.*--force, merged: .* answers: yes, hf .* 0 ",
+        "peft: .* answers: yes, hf: .* answers: yes, merged: .* answers: yes, hf .* 0 ",
         1,
     ),
 }

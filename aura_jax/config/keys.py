@@ -69,7 +69,7 @@ def default() -> Config:
             matmul_dtype="",  # of the operands of products with the frozen weights of the LLM's blocks; "": as dtype
             attention="xla",  # of LLM and teacher: xla, cudnn, or splash (TPU; answers are decoded by xla)
             remat="none",  # none, dots, or full
-            mask="bidirectional",  # inside an audio span: causal, bidirectional, or block
+            mask="causal",  # inside an audio span: causal, bidirectional, or block
             chunk=0,  # tokens, for mask = block
             normalisation="whisper",  # of the student's log-mel: whisper (looks ahead) or streaming (does not)
         )

@@ -35,7 +35,7 @@ class SpeechLLMConfig:
     llm: LLMConfig
     embedder: EmbedderConfig
     lora: LoRAConfig | None
-    mask: str = "bidirectional"
+    mask: str = "causal"
     chunk: int = 0
     encoder: WhisperConfig | None = None
 

@@ -12,6 +12,7 @@ def get_config(base: str = quickstart.__file__):
     """`base`: a config with a teacher, whose models, data and number of steps this system takes over."""
     c = read(base)
     c.model.encoder, c.model.teacher = c.model.teacher, ""
+    c.model.mask = "bidirectional"  # its encoder has heard the whole clip anyway
     c.lora.update(n_blocks=0, text_energy=1.0)
     c.embedder.kind = "stack"
     c.data.text_pool = ""  # nothing changes the LLM's text

@@ -25,7 +25,7 @@ def workdir(tiny_workdir, sample_data, tmp_path_factory) -> Path:
 def exported(workdir, tmp_path_factory) -> dict[str, Path]:
     """Format -> export of `workdir`, for reading only."""
     root = tmp_path_factory.mktemp("exported")
-    return {name: export_run(workdir, root / name, name, force=name == "merged") for name in FORMATS}
+    return {name: export_run(workdir, root / name, name) for name in FORMATS}
 
 
 @pytest.fixture

@@ -128,7 +128,11 @@ def test_the_run_s_chat_template_travels(workdir, tmp_path):
         (("hf", "--dtype=int4"), {}, "unknown --dtype 'int4'"),
         (("peft", "--dtype=float16"), {}, "--dtype is for the LLM's weights"),
         (("hf", "--force"), {}, "--force is for the format merged"),
-        (("merged",), {}, "model.mask is 'bidirectional', but a plain LLM runtime masks audio causally"),
+        (
+            ("merged",),
+            {"model__mask": "bidirectional"},
+            "model.mask is 'bidirectional', but a plain LLM runtime masks audio causally",
+        ),
         (
             ("merged", "--force"),
             {"lora__scope": "audio"},
@@ -146,10 +150,10 @@ def test_refused(workdir, tmp_path, arguments, changes, match):
 
 
 def test_a_causal_run_merges_unforced_and_its_card_says_so(workdir, exported, tmp_path):
-    changed = variant(workdir, tmp_path / "run", model__mask="causal")
-    text = (export.export_run(changed, tmp_path / "out", "merged") / "README.md").read_text()
+    text = (exported["merged"] / "README.md").read_text()
     assert "The mask is causal, so any runtime that takes prompt embeddings can serve it" in text
-    forced = (exported["merged"] / "README.md").read_text()
+    changed = variant(workdir, tmp_path / "run", model__mask="bidirectional")
+    forced = (export.export_run(changed, tmp_path / "out", "merged", force=True) / "README.md").read_text()
     assert "mask over audio is bidirectional.** A plain LLM runtime masks causally" in forced
 
 

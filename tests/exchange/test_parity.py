@@ -58,6 +58,7 @@ def test_every_family_in_every_format(case, tiny_config, random_variables, write
     random_models.build_llm(llm, **FAMILIES[case])
     c = tiny_config()
     c.model.llm, c.data.prompt = str(llm), "What was said?"
+    c.model.mask = "bidirectional"  # which torch does not have by itself
     c.train.schedule, c.train.stages.joint = ("joint",), config.stage(2, 1e-3, {"lm": 1.0})
     c.data.train = (("sample_data/commands/train.jsonl", 1.0),)
     built = system.build(c)

@@ -187,7 +187,7 @@ def test_the_whole_of_it_on_random_tiny_models(workdir, tiny_loaded, write_workd
     monkeypatch.setattr(sys, "argv", ["aura-jax", "bench", "infer", "--quick"])
     output = tmp_path / "infer.json"
     c = config.from_json(workdir / "config.json")
-    c.model.mask, c.model.normalisation = "causal", "streaming"
+    c.model.normalisation = "streaming"
     streaming = write_workdir(dataclasses.replace(tiny_loaded[0], config=c), tiny_loaded[1], tmp_path / "streaming")
     assert infer.main(workdir, output, None, streaming, ("torch", "hf"), quick=True) == 0
     results = json.loads(output.read_text())

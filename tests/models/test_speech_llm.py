@@ -21,7 +21,7 @@ M, D, V = 8, 24, 40
 LLM_CONFIG = LLMConfig("llama", V, D, 32, 3, 4, 2, 8, 1000.0)
 EMBEDDER = EmbedderConfig("stem", n_mels=M, width=12, out_width=D, frames_per_token=4)
 LORA = LoRAConfig(n_blocks=2, rank=3, alpha=6.0, scope="request")
-CONFIG = SpeechLLMConfig(LLM_CONFIG, EMBEDDER, LORA)
+CONFIG = SpeechLLMConfig(LLM_CONFIG, EMBEDDER, LORA, mask="bidirectional")
 VARIANTS = {
     "bidirectional, request": CONFIG,
     "causal, audio": dataclasses.replace(CONFIG, mask="causal", lora=dataclasses.replace(LORA, scope="audio")),
