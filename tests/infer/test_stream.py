@@ -158,7 +158,10 @@ def test_mistakes_in_one_line(generator):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model.mask": "bidirectional"}, "model.mask 'bidirectional' hears whole clips only: train configs/quickstart_streaming.py"),
+        (
+            {"model.mask": "bidirectional"},
+            "model.mask 'bidirectional' hears whole clips only: train configs/quickstart_streaming.py",
+        ),
         ({}, "model.normalisation 'whisper' hears whole clips only"),
         ({"embedder.kind": "stack"}, "embedder.kind 'stack' keeps an encoder, which hears whole clips only"),
     ],
