@@ -217,6 +217,20 @@ def int8(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ablations(results: dict[str, Any]) -> str:
+    """Returns the table of results/ablations.json: a row an arm, group by group."""
+    percent = lambda of: "{:.1f} ({:.1f} to {:.1f})".format(*(100 * of["wer"][k] for k in ("value", "low", "high")))
+    lines = _head(["", "WER %", "white noise, 10 dB", "babble, 10 dB", "rise of the loss on text, nats"])
+    for group in results["groups"].values():
+        for name, arm in group.items():
+            scores = arm["scores"]
+            noise = scores["noise"]["held out"]
+            heard = [scores["sets"]["held out"], *(noise[kind]["10"] for kind in ("white", "babble"))]
+            rise = f"{scores['text']['loss']['all']['rise']:+.3f}"
+            lines.append(_row([name, *map(percent, heard), rise]))
+    return "\n".join(lines) + "\n"
+
+
 def pods(results: dict[str, Any]) -> str:
     """Returns the table of results/pods.json: a row a config and slice; empty where it was not compiled yet."""
     found = results["results"]
@@ -279,6 +293,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "infer": ("infer", _cells(infer_report.speech_rows)),
     "infer_times": ("infer", _cells(infer_report.times_rows)),
     "infer_decode": ("infer", _cells(infer_report.decode_rows)),
+    "ablations": ("ablations", ablations),
     "data": ("data", data),
     "interop": ("interop", interop),
     "pods": ("pods", pods),
