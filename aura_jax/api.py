@@ -362,15 +362,51 @@ class Chat:
         Raises:
           UserError: as `Model.generate`; the conversation is then as it was.
         """
-        model, how = self._model, _how(**options)
-        generator = model._generator(max_new_tokens, None)
-        ((waveform_S, _, _),) = model._pieces(audio, split=False)
-        request = Request(waveform_S, prompt, history=tuple(self.turns))
-        model._check(generator, [request], None)
-        (found,) = generator.generate([request], **how)
-        turn = {"role": "user", "content": prompt} | ({} if waveform_S is None else {"audio": waveform_S})
-        self.turns += [turn, {"role": "assistant", "content": found.text}]
+        generator, request = self._next(prompt, audio, max_new_tokens)
+        (found,) = generator.generate([request], **_how(**options))
+        self._add(request, found.text)
         return Reply(found.text, found.tokens, found.ended, found.seconds)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        audio: Clip | None = None,
+        every: int = 1,
+        max_new_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[str]:
+        """Returns an iterator over parts of the answer to the next turn; `turns` has both when it is at its end.
+
+        Args:
+          every: as of `Model.stream`.
+          prompt, audio, ...: as of `say`.
+
+        Raises:
+          UserError: as `say`, or for `every` below 1; before anything is decoded.
+        """
+        generator, request = self._next(prompt, audio, max_new_tokens)
+        return self._told(request, generator.stream(request, **_how(**options), every=every))
+
+    def _next(self, prompt: str | None, audio: Clip | None, max_new_tokens: int | None) -> tuple[Generator, Request]:
+        """Returns the next turn as a request, and what answers it."""
+        generator = self._model._generator(max_new_tokens, None)
+        ((waveform_S, _, _),) = self._model._pieces(audio, split=False)
+        request = Request(waveform_S, prompt, history=tuple(self.turns))
+        self._model._check(generator, [request], None)
+        return generator, request
+
+    def _told(self, request: Request, parts: Iterator[str]) -> Iterator[str]:
+        told = []
+        for part in parts:
+            told.append(part)
+            yield part
+        self._add(request, "".join(told))
+
+    def _add(self, request: Request, answer: str) -> None:
+        turn = {"role": "user", "content": request.prompt}
+        turn |= {} if request.waveform is None else {"audio": request.waveform}
+        self.turns += [turn, {"role": "assistant", "content": answer}]
 
 
 def _read(path: Path, which: str, dtype: str | None, overrides: Sequence[str]) -> tuple[System, dict[str, Any]]:

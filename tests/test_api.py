@@ -177,7 +177,19 @@ def test_a_chat_hears_its_earlier_turns(model, tiny_loaded):
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
     with pytest.raises(UserError, match="nothing to answer"):
         chat.say()
+    with pytest.raises(UserError, match="every 0: at least 1"):
+        chat.stream("And why?", every=0)
     assert len(chat.turns) == 4
+
+
+def test_a_chat_s_answer_can_be_streamed(model):
+    told, said = model.chat(), model.chat()
+    said.say(audio=(CLIP, 16000), prompt="What is it?")
+    parts = told.stream("What is it?", audio=(CLIP, 16000))
+    assert told.turns == []
+    assert "".join(parts) == said.turns[1]["content"]
+    np.testing.assert_array_equal(told.turns[0].pop("audio"), said.turns[0].pop("audio"))
+    assert told.turns == said.turns
 
 
 def test_a_stream_is_the_answer(model, answer):
