@@ -172,7 +172,7 @@ def test_reading_objectives_are_what_a_loop_over_examples_says(kd_run):
     """Against each example read alone and unpadded, by a tokenizer whose tokens differ at the seams."""
     built, variables, batch = kd_run
     model = built.model
-    active = frozenset({"response_kd", "hidden_l2", "embedding_l2"})
+    active = frozenset({"response_kd", "input_kd", "hidden_l2", "embedding_l2"})
     found, _ = jax.jit(lambda v, b: objectives.sums(built, v, b, active, None, None))(variables, batch)
     counts = objectives.counts(built, batch, active)
     student = {name: variables[name] for name in ("params", "lora")}
@@ -184,7 +184,7 @@ def test_reading_objectives_are_what_a_loop_over_examples_says(kd_run):
     h_BxTxD, _, _ = model.apply(student, x_BxTxD, model.context(columns), method="adapted_blocks")
     h_BxTxD, _ = model.apply(student, h_BxTxD, model.context(columns), method="plain_blocks")
     texts = {row.text for row in load_manifest(built.config.data.train[0][0])}
-    kl = hidden = embedding = n_targets = n_examples = n_aligned = 0.0
+    kl = input_kl = hidden = embedding = n_targets = n_examples = n_aligned = 0.0
     for b in range(len(batch.tokens_BxT)):
         r = type(batch.reading)(*(np.asarray(x)[b] for x in batch.reading))
         n = int((r.segment_BxU != 0).sum())
@@ -197,22 +197,28 @@ def test_reading_objectives_are_what_a_loop_over_examples_says(kd_run):
         teacher = t_1xnxD[0, n - m :]
         speech = h_BxTxD[b, batch.target_position_BxR[b, :m]]
         log = lambda h: jax.nn.log_softmax(model.apply(student, h, method="logits") / 2.0)
-        kl += float((jnp.exp(log(teacher)) * (log(teacher) - log(speech))).sum() * 4.0)
+        divergence = lambda base, h: float((jnp.exp(log(base)) * (log(base) - log(h))).sum() * 4.0)
+        kl += divergence(teacher, speech)
         hidden += float(((speech[0] - teacher[0]) ** 2).sum() / (teacher[0] ** 2).sum())
-        audio = x_BxTxD[b, np.asarray(batch.audio_source_BxT[b]) >= 0]
-        spoken = r.tokens_BxU[r.transcript_position_BxKxI[0, : r.n_transcript_BxK[0]]].tolist()
+        heard_at = np.flatnonzero(np.asarray(batch.audio_source_BxT[b]) >= 0)
+        audio = x_BxTxD[b, heard_at]
+        read_at = r.transcript_position_BxKxI[0, : r.n_transcript_BxK[0]]
+        spoken = r.tokens_BxU[read_at].tolist()
         assert built.tokenizer.decode(spoken) in texts and built.chat.text(built.tokenizer.decode(spoken)) == tuple(
             spoken
         )
         k = min(len(spoken), len(audio))
+        input_kl += divergence(t_1xnxD[0, read_at[len(spoken) - k :]], h_BxTxD[b, heard_at[len(audio) - k :]])
         text = model.apply(base, jnp.asarray(spoken[len(spoken) - k :]), method="embed_text")
         embedding += float((((audio[len(audio) - k :] - text) ** 2).sum(-1) / ((text**2).sum(-1) + 1e-6)).sum())
         n_targets, n_examples, n_aligned = n_targets + m, n_examples + 1, n_aligned + k
     np.testing.assert_allclose(found["response_kd"], kl, rtol=1e-4)
+    np.testing.assert_allclose(found["input_kd"], input_kl, rtol=1e-4)
     np.testing.assert_allclose(found["hidden_l2"], hidden, rtol=1e-4)
     np.testing.assert_allclose(found["embedding_l2"], embedding, rtol=1e-4)
     assert {name: int(x) for name, x in counts.items()} == {
         "response_kd": n_targets,
+        "input_kd": n_aligned,
         "hidden_l2": n_examples,
         "embedding_l2": n_aligned,
     }
