@@ -183,6 +183,8 @@ def test_reading_objectives_are_what_a_loop_over_examples_says(kd_run):
     x_BxTxD = model.apply(student, columns, mel, n_frames, method="hear").x_BxTxD
     h_BxTxD, _, _ = model.apply(student, x_BxTxD, model.context(columns), method="adapted_blocks")
     h_BxTxD, _ = model.apply(student, h_BxTxD, model.context(columns), method="plain_blocks")
+    log = lambda h: jax.nn.log_softmax(model.apply(student, h, method="logits") / 2.0)
+    divergence = lambda base, h: float((jnp.exp(log(base)) * (log(base) - log(h))).sum() * 4.0)
     texts = {row.text for row in load_manifest(built.config.data.train[0][0])}
     kl = input_kl = hidden = embedding = n_targets = n_examples = n_aligned = 0.0
     for b in range(len(batch.tokens_BxT)):
@@ -196,8 +198,6 @@ def test_reading_objectives_are_what_a_loop_over_examples_says(kd_run):
         # The last m columns but none: the response's last token is predicted, never read.
         teacher = t_1xnxD[0, n - m :]
         speech = h_BxTxD[b, batch.target_position_BxR[b, :m]]
-        log = lambda h: jax.nn.log_softmax(model.apply(student, h, method="logits") / 2.0)
-        divergence = lambda base, h: float((jnp.exp(log(base)) * (log(base) - log(h))).sum() * 4.0)
         kl += divergence(teacher, speech)
         hidden += float(((speech[0] - teacher[0]) ** 2).sum() / (teacher[0] ** 2).sum())
         heard_at = np.flatnonzero(np.asarray(batch.audio_source_BxT[b]) >= 0)
