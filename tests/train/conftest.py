@@ -1,7 +1,6 @@
 """A tiny system, a batch of real speech, and everything a step needs."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,19 +27,10 @@ def write_pool(path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _compiled_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets XLA leave out what makes programs fast, here and in processes that a test starts: a third of the time.
-
-    A test that looks at a compiled program (the marker "optimised") has it compiled as everywhere else.
-    """
-    if request.node.get_closest_marker("optimised"):
-        yield
-        return
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def _compiled_quickly(request: pytest.FixtureRequest) -> None:
+    """Lets every test here compile quickly, but for those that look at a compiled program (the marker "optimised")."""
+    if not request.node.get_closest_marker("optimised"):
+        request.getfixturevalue("compiled_quickly")
 
 
 @pytest.fixture
