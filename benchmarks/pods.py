@@ -48,12 +48,17 @@ def main() -> int:
 
 
 def faults_of(values: dict) -> list[str]:
-    """Returns what is wrong with a compiled step: it should fit, gather parameters alone, and copy no state."""
+    """Returns what is wrong with a compiled step.
+
+    It should fit, gather parameters alone, copy no state, and have no loop whose collectives cannot be counted.
+    """
     if not values["fits"]:
         return ["does not fit"]
     collectives, donated = values["collectives"], values["donated"]
     faults = [f"gathers {one}" for one in collectives["all_gathers_of_no_parameter"]]
     faults += [f"on logits: {one}" for one in collectives["on_logits"]]
+    if n := collectives["loops_of_unknown_length"]:
+        faults.append(f"{n} loops of unknown length")
     return faults + (["copies trained state"] if donated["aliased"] < donated["state"] else [])
 
 
