@@ -17,6 +17,8 @@ from aura_jax.infer.prompting import Request
 from aura_jax.models import adapters, embedder, speech_llm
 from aura_jax.train import loop
 
+pytestmark = pytest.mark.slow  # each trains a system of its own
+
 ROOT = Path(__file__).parents[2]
 SYSTEMS = sorted(path.stem for path in (ROOT / "configs" / "systems").glob("[!_]*.py"))
 RESUMED = {"bridge", "blsp_kd"}  # the others are parts of these, and of what test_loop.py resumes
@@ -45,7 +47,7 @@ def tiny(tiny_llm_dir, tiny_whisper_dir, sample_data, tmp_path):
         if c.data.text_pool:
             c.data.update(text_pool=str(sample_data / "text" / "train.jsonl"), text_rows=2, text_length=32)
         c.train.schedule = c.train.schedule[-1:]
-        c.train.stages[c.train.schedule[0]].update(steps=12, learning_rate=1e-2, warmup_steps=2)
+        c.train.stages[c.train.schedule[0]].update(steps=8, learning_rate=1e-2, warmup_steps=2)
         c.train.update(log_every=1, checkpoint_every=5, profile_steps=0)
         c.eval.update(sets={"rows": str(manifest)}, max_new_tokens=6, text_heldout="", text_questions="", batch_size=4)
         return c
@@ -58,43 +60,42 @@ def logged(workdir: Path) -> dict[int, dict[str, float]]:
     return {x["step"]: {k: v for k, v in x.items() if k.startswith("loss")} for x in lines if "loss" in x}
 
 
-@pytest.mark.slow
+def assert_neighbours_do_not_matter(generator: Generator, c: config.Config) -> None:
+    requests = [Request(load_audio(row.audio)) for row in load_manifest(c.data.train[0][0])]
+    together, alone = (generator.generate(of)[0] for of in (requests, requests[:1]))
+    assert together.tokens == alone.tokens
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_trains_resumes_answers_and_is_scored(tiny, name, tmp_path, capsys):
     c = tiny(name)
     loop.train(c, tmp_path / "whole")
     whole = logged(tmp_path / "whole")
-    assert len(whole) == 12
+    assert len(whole) == 8
     if name in RESUMED:
         c.train.steps = 5
         loop.train(c, tmp_path / "parts")
         c.train.steps = 0
         loop.train(c, tmp_path / "parts")
         assert logged(tmp_path / "parts") == whole
-    assert whole[12]["loss"] < whole[1]["loss"]
+    assert whole[8]["loss"] < whole[1]["loss"]
     active = {k.removeprefix("loss/") for k in whole[1] if k.startswith("loss/") and "block" not in k}
     stage = c.train.stages[c.train.schedule[0]]
     assert active == {objective for objective, weight in stage.objectives.items() if weight}
 
-    held = json.loads((tmp_path / "whole" / "checkpoints" / "12" / "meta" / "metadata").read_text())
+    held = json.loads((tmp_path / "whole" / "checkpoints" / "8" / "meta" / "metadata").read_text())
     assert not [path for path in held["own"] if "encoder" in path or "/llm/embed" in path]
     assert ("encoder_fingerprint" in held) == (name in KEEP_AN_ENCODER)
     built, variables = checkpoint.load_for_inference(tmp_path / "whole")
     paths = sharding.flatten(variables)
     assert any(path.startswith("params/encoder/") for path in paths) == (name in KEEP_AN_ENCODER)
 
-    row = load_manifest(c.data.train[0][0])[0]
-    alone = Generator(built, variables).generate([Request(load_audio(row.audio))])[0]
-    together = Generator(built, variables).generate(
-        [Request(load_audio(r.audio)) for r in load_manifest(c.data.train[0][0])]
-    )
-    assert together[0].tokens == alone.tokens
+    assert_neighbours_do_not_matter(Generator(built, variables), c)
 
     assert cli.main(["eval", "--workdir", str(tmp_path / "whole"), "--json", str(tmp_path / "scores.json")]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["rows"]["n"] == 12
 
 
-@pytest.mark.slow
 def test_the_example_of_new_system_md_trains_and_answers(tiny, tmp_path, monkeypatch):
     module, of_config = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new_system.md").read_text(), re.DOTALL)
     names = dict(vars(adapters))
@@ -110,8 +111,6 @@ def test_the_example_of_new_system_md_trains_and_answers(tiny, tmp_path, monkeyp
     assert c.embedder.kind == "pool"
     loop.train(c, tmp_path / "run")
     losses = logged(tmp_path / "run")
-    assert losses[12]["loss"] < losses[1]["loss"]
+    assert losses[8]["loss"] < losses[1]["loss"]
     built, variables = checkpoint.load_for_inference(tmp_path / "run")
-    rows = [Request(load_audio(row.audio)) for row in load_manifest(c.data.train[0][0])]
-    together, alone = (Generator(built, variables).generate(requests)[0] for requests in (rows, rows[:1]))
-    assert together.tokens == alone.tokens
+    assert_neighbours_do_not_matter(Generator(built, variables), c)
