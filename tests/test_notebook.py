@@ -1,4 +1,4 @@
-"""The notebooks run top to bottom on the real small models, and are the pairs of their sources."""
+"""The notebooks run top to bottom, one of them on the real small models, and are the pairs of their sources."""
 
 import json
 import re
@@ -17,6 +17,8 @@ from aura_jax.report import notebook
 COLAB = Path(__file__).parents[1] / "colab"
 NAMES = sorted(path.stem for path in COLAB.glob("*.py"))
 
+REAL = "distill_small"  # the one that runs on the real small models
+
 # Few steps, few shapes to compile, nothing computed ahead.
 SMALL = """
 from configs import quickstart
@@ -24,6 +26,7 @@ from configs import quickstart
 def get_config():
     c = quickstart.get_config()
     c.model.matmul_dtype = ""
+    c.model.update({models!r})
     c.lora.update(n_blocks=2, rank=8, alpha=8.0, text_energy=1.0)
     c.teacher.precompute = False
     c.distill.target_norm = "none"
@@ -62,14 +65,15 @@ def _manifest(path: Path, rows: list[dict], home: Path) -> str:
 
 
 @pytest.fixture
-def small(sample_data, tmp_path, monkeypatch) -> None:
-    """The environment of a short execution: a workdir, and a config that names a few clips."""
+def small(name, sample_data, tmp_path, monkeypatch) -> None:
+    """The environment of a notebook's short execution: a workdir, and a config that names a few clips."""
     home = sample_data / "commands"
     read = lambda name: [json.loads(line) for line in (home / name).read_text().splitlines()]
     short = [row for row in read("train.jsonl") if row["seconds"] < 2]
     held_out = [row for row in short if row["voice"] == "am_liam"][:4]
     train = [row for row in short if row["voice"] != "am_liam"][:24]
     values = {
+        "models": {} if name == REAL else {"llm": "random-llama-tiny", "teacher": "random-whisper-tiny"},
         "train": _manifest(tmp_path / "train.jsonl", [*train, *held_out], home),
         "test": _manifest(tmp_path / "test.jsonl", read("test_new_voices.jsonl")[:4], home),
     }
