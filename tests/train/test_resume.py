@@ -81,10 +81,8 @@ def test_a_clip_is_added_after_a_line_that_was_cut_short(tmp_path):
     assert first == whole and json.loads(second)["audio"] == "b.wav"
 
 
-def train_and_note_batches(config_path: Path, workdir: Path, n_devices: int, notes: Path) -> None:
-    """Goes on with a run on so many CPU devices; writes a line about the batch of each step."""
-    jax.config.update("jax_num_cpu_devices", n_devices)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
+def note_batches(patch: pytest.MonkeyPatch, notes: Path) -> None:
+    """Has a line about the batch of each step written to `notes`."""
     to_mesh = Inputs.to_mesh
 
     def noting(self, batch, *rest):
@@ -95,8 +93,7 @@ def train_and_note_batches(config_path: Path, workdir: Path, n_devices: int, not
             file.write(digest.hexdigest() + "\n")
         return to_mesh(self, batch, *rest)
 
-    Inputs.to_mesh = noting
-    loop.train(config.from_json(config_path), workdir)
+    patch.setattr(Inputs, "to_mesh", noting)
 
 
 @pytest.mark.slow
@@ -104,31 +101,39 @@ def test_a_resume_on_another_mesh_takes_the_same_rows_to_the_same_losses(make_co
     c = make_config(lm=1.0, distill=1.0)
     # Adam's first steps are signs, and that of rounding is anything: so small gradients count as such.
     c.optimizer.eps = 1e-3
+    c.train.keep = 3
     c.data.augment.update(gain_db=(-3.0, 3.0), noise_probability=0.5)
-    meshes = [(4, dict(data=1, fsdp=4)), (4, dict(data=2, fsdp=2)), (1, dict(data=1, fsdp=1))]
-    parts = [("run", n, mesh, steps) for (n, mesh), steps in zip(meshes, (2, 4, 6), strict=True)]
-    frozen = set()
-    for name, n_devices, mesh, steps in [*parts, ("whole", *meshes[-1], 6)]:
+    for steps, mesh in ((2, dict(data=1, fsdp=4)), (4, dict(data=2, fsdp=2))):
         c.mesh.update(mesh)
         c.train.steps = steps
-        (tmp_path / "config.json").write_text(config.to_json(c))
-        arguments = [tmp_path / "config.json", tmp_path / name, n_devices, tmp_path / f"{name}.txt"]
-        child = subprocess.run(
-            [sys.executable, "-m", "tests.train.test_resume", *map(str, arguments)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")},
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stderr[-3000:]
-        meta = json.loads((tmp_path / name / "checkpoints" / str(steps) / "meta" / "metadata").read_text())
-        frozen.add((meta["llm_fingerprint"], meta["teacher_fingerprint"]))
+        (tmp_path / f"{steps}.json").write_text(config.to_json(c))
+    child = subprocess.run(  # one for both: the number of devices is settled when jax starts
+        [sys.executable, "-m", "tests.train.test_resume", *map(str, (tmp_path / "run", tmp_path / "run.txt"))]
+        + [str(tmp_path / f"{steps}.json") for steps in (2, 4)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    c.mesh.update(data=1, fsdp=1)
+    c.train.steps = 6
+    for name in ("run", "whole"):
+        with pytest.MonkeyPatch.context() as patch:
+            note_batches(patch, tmp_path / f"{name}.txt")
+            loop.train(c, tmp_path / name)
     assert (tmp_path / "run.txt").read_text() == (tmp_path / "whole.txt").read_text()
     got, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert list(got) == list(expected) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
-    assert len(frozen) == 1
+    saved = [json.loads(path.read_text()) for path in tmp_path.glob("*/checkpoints/*/meta/metadata")]
+    assert len(saved) == 4  # of the run at steps 2, 4 and 6, and of the whole
+    assert len({(meta["llm_fingerprint"], meta["teacher_fingerprint"]) for meta in saved}) == 1
 
 
 if __name__ == "__main__":
-    train_and_note_batches(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    run, notes, *configs = map(Path, sys.argv[1:])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        note_batches(monkeypatch, notes)
+        for path in configs:
+            loop.train(config.from_json(path), run)
