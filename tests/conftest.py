@@ -14,32 +14,36 @@ from aura_jax.convert import random_models
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has whatever compiles for this run share it: workers, and the processes that tests start.
+    """Has whatever compiles for this run do so quickly and share it: workers, and the processes that tests start.
 
-    Most of the time here is compilation, much of it of the same programs.
+    Most of the time here is compilation, much of it of the same programs. Those of tiny models take longer to compile
+    than to run, so XLA leaves out what makes them fast: a quarter of the time of all tests.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # of a worker, or set on purpose
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # of a worker, or set on purpose
+        _set_jax("jax_disable_most_optimizations", True)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.mkdtemp(prefix="aura-jax-tests-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    for name, value in (
-        ("jax_compilation_cache_dir", folder),
-        ("jax_persistent_cache_min_compile_time_secs", 0.1),
-        ("jax_persistent_cache_min_entry_size_bytes", -1),
-    ):
-        os.environ[name.upper()] = str(value)
-        jax.config.update(name, value)
+    _set_jax("jax_compilation_cache_dir", folder)
+    _set_jax("jax_persistent_cache_min_compile_time_secs", 0.1)
+    _set_jax("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture
-def compiled_quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets XLA leave out what makes programs fast, here and in processes that a test starts: up to half of the time.
+def _set_jax(name: str, value: bool | float | str) -> None:
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
 
-    For tests of tiny models, whose programs take longer to compile than to run.
-    """
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+@pytest.fixture(autouse=True)
+def _compiled_as_everywhere_else(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has XLA leave nothing out in tests with the marker "optimised", nor in the processes that they start."""
+    if not request.node.get_closest_marker("optimised"):
+        yield
+        return
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

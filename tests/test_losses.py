@@ -137,6 +137,7 @@ def test_cross_entropy_and_its_gradients_are_those_of_numpy_for_every_chunk(targ
     np.testing.assert_allclose(grads[1], error @ head.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.optimised
 def test_no_array_holds_the_logits_of_all_targets():
     """Neither forward nor backward, in the compiled program."""
     n_rows, n_targets, vocab = 2, 64, 999

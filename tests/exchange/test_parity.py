@@ -76,6 +76,7 @@ def test_every_family_in_every_format(case, tiny_config, random_variables, write
             np.testing.assert_array_equal(prompt_logits(*again, clip), wanted, err_msg=name)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_the_real_small_weights(random_variables, write_workdir, sample_data, tmp_path):
     """Logits, and the greedy tokens of 20 recordings: in JAX, in the hf export, and in base + PEFT + embedder."""

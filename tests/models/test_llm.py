@@ -158,6 +158,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(pieces):
     assert not keys[:, :, T:].any() and keys[:, :, :T].any(axis=(3, 4)).all()
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_remat_changes_memory_and_not_the_gradients():
     config = dataclasses.replace(CONFIG, n_blocks=6, vocab=16)

@@ -217,6 +217,7 @@ def test_a_mesh_of_eight_devices_changes_nothing():
     assert run.stdout == "same on every mesh\n", run.stderr[-3000:]
 
 
+@pytest.mark.optimised
 @pytest.mark.slow  # a compiler for TPUs
 @pytest.mark.parametrize("axes", [(1, 4, 1), (1, 2, 2)])
 @pytest.mark.parametrize(("T", "K", "ahead"), [(2048, 128, 374), (1500, 64, None)], ids=["student", "teacher"])

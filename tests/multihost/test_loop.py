@@ -6,8 +6,7 @@ import pytest
 
 from tests.multihost.conftest import records
 
-# Every host is a process that compiles its own steps.
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
+pytestmark = pytest.mark.slow  # every host is a process that compiles its own steps
 
 SMOKE = (
     "--config=configs/smoke.py",

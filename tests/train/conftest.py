@@ -26,13 +26,6 @@ def write_pool(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def _compiled_quickly(request: pytest.FixtureRequest) -> None:
-    """Lets every test here compile quickly, but for those that look at a compiled program (the marker "optimised")."""
-    if not request.node.get_closest_marker("optimised"):
-        request.getfixturevalue("compiled_quickly")
-
-
 @pytest.fixture
 def make_config(tiny_config, sample_data, tmp_path):
     """Makes configs of a real run: tiny models, real speech."""
