@@ -193,12 +193,12 @@ class _Sequential(soundfile.SoundFile):
 
 
 class _Buffer(io.BytesIO):
-    """Bytes for soundfile, which prints a traceback when damaged audio makes libsndfile seek before the start."""
+    """Bytes for soundfile, which prints a traceback when damaged audio makes libsndfile seek where no file can be."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         try:
             return super().seek(offset, whence)
-        except ValueError:
+        except (ValueError, OverflowError):  # before the start, or beyond 2**63
             return self.tell()
 
 

@@ -210,6 +210,11 @@ def test_damaged_bytes_print_no_traceback(capfd: pytest.CaptureFixture[str]):
     stream = io.BytesIO()
     soundfile.write(stream, tone(16000), 16000, format="AIFF")
     assert "cannot be decoded" in error_line(stream.getvalue()[:44])
+    stream = io.BytesIO()
+    soundfile.write(stream, tone(16000), 16000, format="RF64")
+    huge = bytearray(stream.getvalue())
+    huge[28:36] = (2**63 - 1).to_bytes(8, "little")  # bytes of samples, it says
+    assert len(load_audio(bytes(huge))) == 16000
     assert "Traceback" not in capfd.readouterr().err
 
 
