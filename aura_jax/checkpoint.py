@@ -259,6 +259,7 @@ def _expected(meta: Mapping[str, Any]) -> tuple[Callable[[Any], str], dict[str, 
 def _on_host(item: Path) -> Any:
     """Returns the arrays of an item as numpy's; Orbax's manager would have all hosts take part."""
     handler: Any = ocp.PyTreeCheckpointHandler()  # typed for paths of etils only
+    item = item.absolute()  # it refuses any other
     # By way of a device, though only numpy arrays are wanted: restoring reads more files than reading into numpy does.
     try:
         device = jax.local_devices(backend="cpu")[0]

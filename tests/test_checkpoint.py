@@ -128,6 +128,16 @@ def test_a_flipped_bit_anywhere_is_harmless_or_found(tmp_path):
     assert found == {2, 4}
 
 
+def test_a_workdir_may_be_named_from_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = Path("runs/one")
+    write(workdir, 2, 4, best=4)
+    assert resume(workdir) == (4, [])
+    flip(largest(workdir / "checkpoints" / "4"))
+    step, (line,) = resume(workdir)
+    assert step == 2 and line.startswith("checkpoint runs/one/checkpoints/4 is damaged (")
+
+
 def test_two_damaged_ones_are_passed_over(tmp_path):
     write(tmp_path, 2, 4, 6, keep=3)
     for step in (4, 6):
