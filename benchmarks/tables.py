@@ -18,6 +18,7 @@ PAGES = tuple(
     for page in (
         "README.md",
         "benchmarks/README.md",
+        "docs/inference.md",
         "docs/performance.md",
         "docs/pods.md",
         "docs/pytorch.md",
