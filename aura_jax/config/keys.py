@@ -162,7 +162,7 @@ def default() -> Config:
             accumulate=1,  # micro-batches a step
             loss_chunk=128,  # targets whose logits are held at a time, over all devices: some dozens for each of many
             log_every=10,
-            eval_every=0,  # steps; 0: only at the end of the run
+            eval_every=0,  # steps, in stages that train answers; 0: only at the end of the run
             eval_rows=32,
             checkpoint_every=100,
             keep=2,  # newest checkpoints

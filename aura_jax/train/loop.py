@@ -24,7 +24,7 @@ from aura_jax.config import Config
 from aura_jax.data.batch import Batch
 from aura_jax.errors import UserError
 from aura_jax.models.lora import merge
-from aura_jax.train import stages
+from aura_jax.train import objectives, stages
 from aura_jax.train import step as step_lib
 from aura_jax.train.evaluator import Evaluator
 from aura_jax.train.inputs import Inputs
@@ -270,6 +270,7 @@ class _Run:
         batches = self.inputs.batches(active, start)
         profile = Profile(self.workdir, c.profile_start, c.profile_steps)
         on_cpu = jax.default_backend() == "cpu"
+        answers = bool(active & objectives.ANSWERS)  # before it is taught any, a model's answers are noise
         pending: _Taken | None = None
         metrics: dict[str, float] = {}
         clock = time.perf_counter()
@@ -298,13 +299,14 @@ class _Run:
                 pending = _Taken(step + 1, out, batch, seconds, waited if step > start else 0.0)
                 last = step + 1 == end
                 stop = self.signals.stop() and not last
-                if last or stop or (step + 1) % c.checkpoint_every == 0 or _due(c.eval_every, step + 1):
+                evaluates = answers and bool(c.eval_every) and (step + 1) % c.eval_every == 0
+                if last or stop or (step + 1) % c.checkpoint_every == 0 or evaluates:
                     metrics = self._report(active, pending, log)
                     pending = None
                     if last or stop or (step + 1) % c.checkpoint_every == 0:
                         with self._timed("checkpoints"):
                             self._save(step + 1, state)
-                    if not stop and _due(c.eval_every, step + 1):
+                    if evaluates and not stop:
                         self._evaluate(step + 1, state, log)
                     clock = time.perf_counter()
                 if stop:
@@ -365,7 +367,3 @@ class _Run:
         best = self.checkpoints.best()
         if best is None or scores["wer"] <= best["validation"]["wer"]:
             self.checkpoints.save_best(step, self._own(state), {**self.meta, "validation": scores})
-
-
-def _due(every: int, step: int) -> bool:
-    return bool(every) and step % every == 0

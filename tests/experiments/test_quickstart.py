@@ -40,6 +40,9 @@ def test_smoke_trains_evaluates_reports_and_answers(sample_data, tmp_path, monke
     out = capsys.readouterr().out
     scores = json.loads((workdir / "scores.json").read_text())
     assert scores["step"] == 12
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    # At step 6, too, it would be due, but a stage that only distils teaches no answers.
+    assert [record["step"] for record in records if "validation/wer" in record] == [12]
     assert {name: s["n"] for name, s in scores["sets"].items()} == {
         "new sentences": 3,
         "new voices": 4,
