@@ -31,7 +31,8 @@ class Profile:
     """Traces steps `start` to `start + n_steps - 1` of a run into `workdir/profile`; 0 steps trace nothing.
 
     When they are done, `workdir/profile.json` says how long each part of a step kept processors busy: {"step", "steps",
-    "seconds": {part: {"forward", "backward"}}}, seconds a step, summed over the processors of this host.
+    "seconds": {part: {"forward", "backward"}}}, seconds a step, summed over the processors of this host. Of several
+    hosts the first alone traces: those that share a workdir could give their traces one name.
     """
 
     def __init__(self, workdir: Path, start: int, n_steps: int):
@@ -41,8 +42,9 @@ class Profile:
     def before(self, step: int, program: Callable[[], str]) -> None:
         """To be called before each step; `program` returns the compiled step's text."""
         if step in self._steps and self._program is None:
-            self._program, self._first = program(), step
-            jax.profiler.start_trace(str(self._workdir / "profile"))
+            self._program, self._first = program(), step  # on each host: some backends compile on all of them at once
+            if hosts.is_first():
+                jax.profiler.start_trace(str(self._workdir / "profile"))
 
     def after(self, step: int, out: object) -> None:
         """To be called after each step was dispatched; `out` is what it returned."""
@@ -54,9 +56,9 @@ class Profile:
         """Ends the trace, if the run or the stage ends before its steps do."""
         if self._program is None:
             return
-        jax.profiler.stop_trace()
         program, self._program = self._program, None
         if hosts.is_first():
+            jax.profiler.stop_trace()
             newest = max((self._workdir / "profile").rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
             found = {"step": self._first + 1, **breakdown(newest, program)}
             (self._workdir / "profile.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -29,7 +29,7 @@ class Ended(NamedTuple):
 def _environment(devices: int) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NO_COLOR": "1", "PATH": path}
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
+    return os.environ | variables
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def test_two_hosts_stopped_damaged_and_resumed_take_the_steps_of_one_which_can_g
     train = lambda n, workdir, *more, **how: run(
         [*hosts_of(n), *SMOKE, "--workdir", str(workdir), *more], devices=4 // n, **how
     )
-    assert train(1, whole).code == 0
+    done = train(1, whole)
+    assert done.code == 0, done.errors
     stopped = train(2, two, when=lambda: len(records(two)) >= 2)  # SIGTERM saves on both hosts
     assert stopped.code == 75, stopped.errors
     assert "saved at step" in stopped.errors
@@ -47,7 +48,8 @@ def test_two_hosts_stopped_damaged_and_resumed_take_the_steps_of_one_which_can_g
     assert f"checkpoints/{last} is damaged" in resumed.errors and f"at step {last - 1}" in resumed.errors
     assert list(records(two)) == list(range(1, 8))
     assert max(int(path.name) for path in (two / "checkpoints").iterdir()) == 7
-    assert train(1, two).code == 0
+    done = train(1, two)
+    assert done.code == 0, done.errors
     same_losses(records(whole), records(two))
     files = lambda workdir: {path.name.split(".")[0] for path in Path(workdir).iterdir()}
     assert files(two) - files(whole) == {"corrupt"}
