@@ -167,7 +167,7 @@ def test_a_mesh_of_two_devices_changes_nothing(tiny_workdir, rows):
     expected = likelihood(system, variables, rows, progress=False)
     found = subprocess.run(
         [sys.executable, "-c", _ON_TWO_DEVICES, str(tiny_workdir), rows[0].where.rpartition(":")[0]],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
         check=False,

@@ -331,7 +331,7 @@ def test_a_mesh_of_two_devices_changes_nothing(tiny_workdir, tmp_path):
     expected.append(generator.generate(requests, sampling=drawn, stop=["a"]))
     found = subprocess.run(
         [sys.executable, "-c", _ON_TWO_DEVICES, str(tiny_workdir), str(tmp_path / "clips.npy")],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
         check=False,

@@ -199,7 +199,7 @@ def test_a_mesh_of_two_devices_changes_nothing(generator, write_workdir, tmp_pat
     np.save(tmp_path / "speech.npy", SPEECH[:20000])
     done = subprocess.run(
         [sys.executable, "-c", _ON_TWO_DEVICES, workdir, tmp_path / "speech.npy"],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
         check=False,
