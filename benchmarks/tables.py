@@ -232,6 +232,20 @@ def ablations(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def decode(results: dict[str, Any]) -> str:
+    """Returns the table of results/decode.json: a row a way to hold the LLM."""
+    first = f"ms to a first token of {results['seconds of speech']} s (times float32's)"
+    lines = _head(["the LLM", first, "ms a token after it (times float32's)", "MB that a token reads"])
+    for name, found in results.items():
+        if isinstance(found, dict):
+            cells = [name, "-", f"{found['ms a token']:.1f} ({found['of float32']:.2f})", "-"]
+            if "bytes a token" in found:
+                cells[1] = f"{found['ms to a first token']:.0f} ({found['first token of float32']:.2f})"
+                cells[3] = f"{found['bytes a token'] / 1e6:.0f}"
+            lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
 def pods(results: dict[str, Any]) -> str:
     """Returns the table of results/pods.json: a row a config and slice; empty where it was not compiled yet."""
     found = results["results"]
@@ -294,6 +308,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "infer": ("infer", _cells(infer_report.speech_rows)),
     "infer_times": ("infer", _cells(infer_report.times_rows)),
     "infer_decode": ("infer", _cells(infer_report.decode_rows)),
+    "decode": ("decode", decode),
     "ablations": ("ablations", ablations),
     "data": ("data", data),
     "interop": ("interop", interop),

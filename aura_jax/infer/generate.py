@@ -29,7 +29,7 @@ from aura_jax.infer.answer_text import AnswerText, checked_stop
 from aura_jax.infer.prompting import Inputs, Prompt, Request, lay_out, tokenise
 from aura_jax.infer.reading import AT_AUDIO, OFF, Program, Reader, read
 from aura_jax.infer.sampling import GREEDY, Choice, Sampling, next_token
-from aura_jax.models.llm import Cache, Context, blocks_apart
+from aura_jax.models.llm import Cache, Context
 from aura_jax.system import System
 
 # Tokens between two looks for stop strings: few, as a row goes on for as many in vain, and not one, as each look waits
@@ -113,8 +113,6 @@ class Generator(Reader):
         """
         super().__init__(system, variables, batch_size=batch_size, adapters_on_text=adapters_on_text)
         self.shapes: set[tuple[str, int, int, int]] = set()
-        # The variables, and they with their blocks apart: made once, as it takes longer than a token.
-        self._apart: tuple[Mapping[str, Any], dict[str, Any]] | None = None
         self.max_new_tokens = system.config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
         if self.max_new_tokens < 1:
             raise UserError(f"{self.max_new_tokens} new tokens: must be at least 1")
@@ -194,7 +192,7 @@ class Generator(Reader):
         tokens_BxT, vocab = np.asarray(columns.tokens_BxT), self._model.config.llm.vocab
         choice = Choice.of(sampling, number_B, tokens_BxT, is_text_BxT, vocab)
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
-        cache, state, prompted = _prefill(self.variables, inputs, stop_ids, program, choice)
+        cache, state, prompted = _prefill(self.held, inputs, stop_ids, program, choice)
         yield from self.decoded(cache, state, prompted, program, len(batch), stop, every)
 
     def decoded(
@@ -216,32 +214,14 @@ class Generator(Reader):
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
         answers = [AnswerText(self.system.tokenizer, self.system.chat.stop_ids, stop) for _ in range(n_answers)]
         finished_B = np.arange(len(state.finished_B)) >= n_answers
-        variables, program = self._for_decoding(program)
         for n_until in [*range(every, program.n_new, every), program.n_new]:
-            cache, state = _decode(variables, cache, state, prompted, stop_ids, finished_B, np.int32(n_until), program)
+            cache, state = _decode(self.held, cache, state, prompted, stop_ids, finished_B, np.int32(n_until), program)
             for answer, token_G in zip(answers, np.asarray(state.token_BxG), strict=False):
                 answer.read(token_G[:n_until].tolist(), is_whole=n_until == program.n_new)
             yield answers
             finished_B[:n_answers] = [answer.ended for answer in answers]
             if finished_B.all():
                 return
-
-    def _for_decoding(self, program: Program) -> tuple[Mapping[str, Any], Program]:
-        """Returns what the decode loop reads, and the loop's program.
-
-        XLA for CPUs copies a block's weights out of their stack before it multiplies by them, which takes a single row
-        as long as the product. There, weights that are multiplied as they are held are given block by block; others
-        would be converted all at once, in front of every piece of an answer.
-        """
-        model = self._model
-        as_held = model.param_dtype == (model.matmul_dtype or model.dtype)
-        if jax.default_backend() != "cpu" or self._mesh is not None or not as_held:
-            return self.variables, program
-        if self._apart is None or self._apart[0] is not self.variables:
-            read = {name: tree for name, tree in self.variables.items() if "llm" in tree}  # not those of training
-            apart = {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in read.items()}
-            self._apart = self.variables, apart
-        return self._apart[1], dataclasses.replace(program, model=program.model.clone(apart=True))
 
 
 def told(readings: Iterator[list[AnswerText]]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from aura_jax.infer.sampling import MAX_SEED
 from aura_jax.models.speech_llm import Columns
 from aura_jax.system import System
 
-_BEYOND_SECONDS = 10.0  # longer clips: multiples of this
+_UNIT = features.SAMPLE_RATE // 4  # samples: clips beyond the buckets have a `padded_length` of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +230,7 @@ def _sample_bucket(n_samples: int, seconds: Sequence[float]) -> int:
         n = features.n_frames(round(bucket * features.SAMPLE_RATE)) * features.HOP
         if n_samples <= n:
             return n
-    step = round(_BEYOND_SECONDS * features.SAMPLE_RATE)
-    return -(-n_samples // step) * step
+    return padded_length(-(-n_samples // _UNIT)) * _UNIT
 
 
 def padded_length(n: int) -> int:

@@ -18,7 +18,7 @@ from aura_jax import sharding
 from aura_jax.audio import features
 from aura_jax.errors import UserError
 from aura_jax.infer.prompting import Inputs, Request, lay_out, tokenise
-from aura_jax.models.llm import Cache
+from aura_jax.models.llm import Cache, as_multiplied, blocks_apart
 from aura_jax.models.lora import as_computed
 from aura_jax.models.speech_llm import text_context
 from aura_jax.system import System
@@ -59,6 +59,7 @@ class Reader:
     Attributes:
       batch_size: most rows read together.
       variables: `params` and `lora`; other trees replace them between calls without compiling anew (during training).
+      held: they, as programs read them: each weight in the dtype that it is multiplied in, and on a CPU block by block.
     """
 
     def __init__(
@@ -87,14 +88,17 @@ class Reader:
         self.system = system
         # The splash kernel reads queries by the hundred, and a step of decoding has one.
         model: Any = system.model
-        self._model = model.clone(attention_impl="xla") if model.attention_impl == "splash" else model
+        self._mesh = _mesh_of(variables)
+        self._model = model.clone(
+            attention_impl="xla" if model.attention_impl == "splash" else model.attention_impl,
+            apart=_reads_apart(model, variables),
+        )
         self.variables = variables
         self.batch_size = system.config.eval.batch_size if batch_size is None else batch_size
         if self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size}: must be at least 1")
         self._text_lora = EVERYWHERE if on_text else OFF
         self._speech_lora = AT_AUDIO if scope == "audio" else EVERYWHERE
-        self._mesh = _mesh_of(variables)
         self._row_multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
     @property
@@ -103,9 +107,8 @@ class Reader:
 
     @variables.setter
     def variables(self, variables: Mapping[str, Any]) -> None:
-        # Once, and not in front of every piece of an answer.
-        lora = {"lora": as_computed(variables["lora"], self._model.dtype)} if "lora" in variables else {}
-        self._variables = {**variables, **lora}
+        self._variables = variables
+        self.held = as_read(variables, self._model)  # once, and not in front of every pass
 
     def prompt_logits(self, request: Request) -> np.ndarray:
         """Returns the logits [T, V], float32, at every token of the request's prompt, audio tokens included.
@@ -117,7 +120,7 @@ class Reader:
         """
         prompt = tokenise(self.system, 0, request)
         inputs = lay_out(self.system, [prompt], self._row_multiple)
-        logits_BxTxV, segment_BxT = _prompt_logits(self.variables, inputs, self.program(bool(prompt.clips), n_new=0))
+        logits_BxTxV, segment_BxT = _prompt_logits(self.held, inputs, self.program(bool(prompt.clips), n_new=0))
         return np.asarray(logits_BxTxV)[0, np.asarray(segment_BxT)[0] != 0]
 
     def answer_states(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> jax.Array:
@@ -140,7 +143,7 @@ class Reader:
             for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
         inputs = lay_out(self.system, prompts, self.n_rows(len(prompts)))
-        return _answer_states(self.variables, inputs, self.program(bool(prompts[0].clips), n_new=0))
+        return _answer_states(self.held, inputs, self.program(bool(prompts[0].clips), n_new=0))
 
     def n_rows(self, n: int) -> int:
         """Returns the rows of a batch of n requests.
@@ -155,6 +158,31 @@ class Reader:
         """Returns the program of requests with speech or without, whose answers have up to `n_new` tokens."""
         lora = self._speech_lora if is_spoken else self._text_lora
         return Program(self._model, self._mesh, lora, n_new, self.system.config.model.normalisation)
+
+
+def as_read(variables: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Returns `params` and `lora` with every weight in the dtype that it is multiplied in; blocks apart if the model
+    has them so."""
+    params, dtype = variables["params"], model.matmul_dtype or model.dtype
+    read: dict[str, Any] = {"params": {**params, "llm": as_multiplied(params["llm"], dtype)}}
+    if "lora" in variables:
+        read["lora"] = as_computed(variables["lora"], model.dtype)
+    if model.apart:
+        return {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in read.items()}
+    return read
+
+
+def _reads_apart(model: Any, variables: Any) -> bool:
+    """Returns whether the blocks of the LLM are taken out of their stacks.
+
+    XLA for CPUs copies a block's weights out of their stack before it multiplies by them, which takes a single row as
+    long as the product. Weights that are narrower than what they are multiplied in stay there: XLA would convert those
+    of all blocks at once, in front of every piece of an answer.
+    """
+    shardings = [x.sharding for x in jax.tree.leaves(variables) if getattr(x, "sharding", None) is not None]
+    devices = set[jax.Device]().union(*(sharding.device_set for sharding in shardings))
+    as_held = jnp.dtype(model.matmul_dtype or model.dtype).itemsize <= jnp.dtype(model.param_dtype).itemsize
+    return as_held and [device.platform for device in devices] == ["cpu"]
 
 
 def _mesh_of(variables: Any) -> jax.sharding.Mesh | None:
@@ -211,8 +239,7 @@ def read(variables: Mapping[str, Any], inputs: Inputs, program: Program) -> tupl
         if program.lora == EVERYWHERE:
             ctx = ctx.replace(lora_mask_BxT=None)  # all tokens of a spoken request, so no select
     n_rows, n_columns = columns.tokens_BxT.shape
-    k_segment_BxS = jnp.pad(columns.segment_BxT, ((0, 0), (0, program.n_new)))
-    ctx = dataclasses.replace(ctx, k_segment_BxS=k_segment_BxS, cache_start=jnp.int32(0))
+    ctx = dataclasses.replace(ctx, cache_start=jnp.int32(0))
     cache = Cache.zeros(c.llm, n_rows, n_columns + program.n_new, program.model.dtype)
     x_BxTxD, cache, _ = program.apply(variables, x_BxTxD, ctx, cache, method="adapted_blocks")
     h_BxTxD, cache = program.apply(variables, x_BxTxD, ctx, cache, method="plain_blocks")

@@ -219,7 +219,7 @@ class Session:
         suffix = _padded(self._suffix_T), np.int32(len(self._suffix_T))
         stop_ids = np.asarray(generator.system.chat.stop_ids, np.int32)
         cache, state, prompted, self.logits_V = _read_end(
-            generator.variables, self._cache, self._heard, program, piece, self._n_audio_most, *suffix, stop_ids, choice
+            generator.held, self._cache, self._heard, program, piece, self._n_audio_most, *suffix, stop_ids, choice
         )
         self._cache = None
         return generator.decoded(cache, state, prompted, program, 1, self._stop, every)
@@ -229,9 +229,7 @@ class Session:
             raise UserError("this turn has ended: open a session for the next")
 
     def _read(self, program: Any, *arguments: Any) -> None:
-        self._cache, self._heard = program(
-            self._generator.variables, self._cache, self._heard, self._program, *arguments
-        )
+        self._cache, self._heard = program(self._generator.held, self._cache, self._heard, self._program, *arguments)
 
     def _add(self, waveform_S: np.ndarray) -> None:
         start = _HALF_WINDOW + self.n_samples

@@ -96,7 +96,8 @@ class Context:
     Attributes:
       position_BxT: index of each token in its request, for RoPE.
       k_end_BxT: exclusive end of the keys each query sees, in columns of the keys (of the cache, if there is one).
-      q_segment_BxT, k_segment_BxS: request of each query and key; 0 is padding.
+      q_segment_BxT, k_segment_BxS: request of each query and key; 0 is padding. Keys are the columns of the cache, if
+        there is one, or those of the queries alone, if nothing is in it before them.
       lora_mask_BxT: where the LoRA delta acts; None for everywhere.
       tap_position_BxQ: columns of the audio tokens that a tap sees; None for all columns.
       cache_start: scalar, the column of the cache that the first query is written to.
@@ -209,8 +210,9 @@ class _Attention(nn.Module):
                 jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), at), c.n_kv_heads
             )
             cache = Cache(put(cache.k_LxBxSxGxK, k_BxSxGxK), put(cache.v_LxBxSxGxK, v_BxSxGxK))
-            take = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, block, keepdims=False).astype(self.dtype)
-            k_BxSxGxK, v_BxSxGxK = take(cache.k_LxBxSxGxK), take(cache.v_LxBxSxGxK)
+            if ctx.k_segment_BxS.shape[1] != T:
+                take = lambda buffer: jax.lax.dynamic_index_in_dim(buffer, block, keepdims=False).astype(self.dtype)
+                k_BxSxGxK, v_BxSxGxK = take(cache.k_LxBxSxGxK), take(cache.v_LxBxSxGxK)
         out_BxTxHxK = attention(
             q_BxTxHxK,
             k_BxSxGxK,
@@ -388,6 +390,20 @@ class LLM(nn.Module):
         x_BxTxD, cache, taps = self.adapted_blocks(x_BxTxD, ctx, cache, tap_args)
         h_BxTxD, cache = self.plain_blocks(x_BxTxD, ctx, cache)
         return h_BxTxD, cache, taps
+
+
+def as_multiplied(llm: Mapping[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
+    """Returns an LLM's variables with the kernels of its blocks in `dtype`, unless they are narrower.
+
+    It is what `Dense` casts them to, so no product changes; and the cast is not paid for by every pass.
+    """
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        is_wider = path[-1].key == "kernel" and x.dtype.itemsize > jnp.dtype(dtype).itemsize
+        return x.astype(dtype) if is_wider else x
+
+    of_blocks = {name: llm[name] for name in ("adapted", "plain") if name in llm}
+    return {**llm, **jax.tree_util.tree_map_with_path(cast, of_blocks)}
 
 
 def blocks_apart(llm: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from aura_jax.errors import UserError, nearest
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 LINEAR = "linear"  # names what a policy of rematerialisation may keep: the outputs of linears, LoRA included
 SCOPES = ("all", "request", "audio")
+_ROWS = 3  # of a product in bfloat16 on a CPU, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,13 @@ def matmul(
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype: jnp.dtype) -> jax.Array:
     axes = (((axis_a % a.ndim,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), axes, preferred_element_type=jnp.float32)
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=axes, preferred_element_type=jnp.float32)
+    a, b = a.astype(dtype), b.astype(dtype)
+    if dtype != jnp.bfloat16 or a.size > a.shape[axis_a]:
+        return product(a, b)
+    # XLA for CPUs has a kernel for a few rows of bfloat16; for a single one it converts all of b to float32 instead.
+    rows = lambda a, b: jax.vmap(product, (0, None))(jnp.broadcast_to(a, (_ROWS, *a.shape)), b)[0]
+    return jax.lax.platform_dependent(a, b, cpu=rows, default=product)
 
 
 def _matmul_forward(x, kernel, dtype, axis, scale_O):

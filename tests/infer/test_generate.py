@@ -1,5 +1,6 @@
 """Greedy decoding against a loop without a cache, one request at a time and without padding."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from aura_jax import config as config_lib
 from aura_jax import system as system_lib
 from aura_jax.audio import features
 from aura_jax.errors import UserError
-from aura_jax.infer import generate
+from aura_jax.infer import generate, prompting, reading
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request, lay_out, tokenise
 from aura_jax.infer.sampling import Choice, Sampling
@@ -218,6 +219,26 @@ def test_new_variables_act_at_once(tiny_loaded, generator):
     assert len(generator.shapes) == 1
 
 
+def test_weights_are_read_as_they_are_multiplied(tiny_config, random_variables):
+    c = tiny_config()
+    c.model.matmul_dtype = "bfloat16"
+    system = system_lib.build(c)
+    variables = random_variables(system)
+    generator = Generator(system, variables)
+    llm = generator.held["params"]["llm"]
+    assert (
+        llm["adapted"]["0"]["attn"]["q"]["kernel"].dtype == llm["plain"]["1"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
+    )
+    assert llm["embed"]["embedding"].dtype == llm["plain"]["1"]["input_norm"]["scale"].dtype == "float32"
+    assert variables["params"]["llm"]["plain"]["mlp"]["up"]["kernel"].dtype == "float32"
+    prompt = tokenise(system, 0, SPEECH[0])
+    inputs, program = lay_out(system, [prompt], 1), generator.program(is_spoken=True, n_new=0)
+    in_stacks = dataclasses.replace(program, model=system.model)
+    expected, segment_BxT = reading._prompt_logits(variables, inputs, in_stacks)
+    found = generator.prompt_logits(SPEECH[0])
+    np.testing.assert_allclose(found, expected[0, segment_BxT[0] != 0], atol=1e-3 * np.abs(found).max())
+
+
 def test_few_shapes(tiny_loaded, generator, monkeypatch):
     monkeypatch.setattr(
         generator, "_run", lambda batch, *_: [lay_out(generator.system, batch, 4).columns.tokens_BxT.shape] * len(batch)
@@ -226,13 +247,20 @@ def test_few_shapes(tiny_loaded, generator, monkeypatch):
     assert len(set(generator.generate(requests))) == 2  # one a bucket
 
 
-def test_the_cache_is_donated(tiny_loaded, generator):
-    system, variables = tiny_loaded
+@pytest.mark.parametrize(
+    ("seconds", "padded"), [(0.1, 1), (1.01, 2), (2.01, 4), (4, 4), (13, 14), (17, 20), (33, 40), (600, 640)]
+)
+def test_clips_beyond_the_buckets_have_few_lengths_too(seconds, padded):
+    assert prompting._sample_bucket(round(seconds * 16000), (1.0, 2.0)) == padded * 16000
+
+
+def test_the_cache_is_donated(generator):
+    system = generator.system
     prompts = [tokenise(system, i, request) for i, request in enumerate(SPEECH)]
     inputs, program = lay_out(system, prompts, 4), generator.program(is_spoken=True, n_new=8)
     stop_ids = np.array(system.chat.stop_ids, np.int32)
-    cache, state, segment = generate._prefill(variables, inputs, stop_ids, program, Choice())
-    generate._decode(variables, cache, state, segment, stop_ids, np.zeros(4, bool), np.int32(8), program)
+    cache, state, segment = generate._prefill(generator.held, inputs, stop_ids, program, Choice())
+    generate._decode(generator.held, cache, state, segment, stop_ids, np.zeros(4, bool), np.int32(8), program)
     assert cache.k_LxBxSxGxK.is_deleted()
 
 
@@ -303,7 +331,7 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from aura_jax import checkpoint
-from aura_jax.infer import generate
+from aura_jax.infer import generate, prompting, reading
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request
 from aura_jax.infer.sampling import Sampling

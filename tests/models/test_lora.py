@@ -44,9 +44,10 @@ def test_delta_is_the_formula(rslora):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_product_of_16_bit_operands_is_summed_in_32_bits(axis):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_product_of_16_bit_operands_is_summed_in_32_bits(axis, rows):
     """Value and both gradients equal the float32 product of the rounded operands."""
-    x, w, dy = draw(3, 50, seed=5), draw(50, 20, seed=6), draw(3, 20, seed=7)
+    x, w, dy = draw(rows, 50, seed=5), draw(50, 20, seed=6), draw(rows, 20, seed=7)
     turn = lambda w: w if axis == 0 else w.T
     out, pull = jax.vjp(lambda x, w: matmul(x, turn(w), jnp.bfloat16, axis), x, w)
     x16, w16, dy16 = (np.asarray(jnp.asarray(z, jnp.bfloat16), np.float32) for z in (x, w, dy))
