@@ -32,8 +32,6 @@ from aura_jax.report import collect
 from aura_jax.train import loop
 from aura_jax.train.inputs import split_held_out
 
-_ROWS = 60  # that choose a cascade's window
-
 
 def measure(name: str, config: Config, workdir: Path) -> dict[str, Any] | None:
     """Returns what is known of a system; None if a signal cut its training short, and the same call goes on."""
@@ -82,10 +80,15 @@ def _measure_untrained(name: str, config: Config, workdir: Path) -> dict[str, An
     return out
 
 
-def needed_padding(whisper: Transcriber, config: Config, n_rows: int = _ROWS) -> Padding | None:
-    """Returns how much silence this Whisper needs on voices that training holds out; None if it holds none out."""
+def needed_padding(whisper: Transcriber, config: Config, n_rows: int | None = None) -> Padding | None:
+    """Returns how much silence this Whisper needs on voices that training holds out; None if it holds none out.
+
+    Args:
+      n_rows: of them, evenly spaced; None: all, as a clip that needs more than the others is rare.
+    """
     rows = [row for manifest, _ in config.data.train for row in split_held_out(load_manifest(manifest), config.data)[1]]
     rows = [row for row in rows if row.audio is not None and row.text]
+    n_rows = n_rows or len(rows)
     return find_padding(whisper, rows[:: max(1, len(rows) // n_rows)][:n_rows]) if rows else None
 
 
