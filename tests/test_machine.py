@@ -1,6 +1,8 @@
 """What is said of the machine."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -19,7 +21,17 @@ def test_versions_leave_out_what_is_not_installed():
     assert set(machine.versions(["numpy", "no-such-package"])) == {"python", "numpy"}
 
 
+_HOLD_HALF_A_GIB = """
+from aura_jax import machine
+import numpy as np
+
+before = machine.peak_memory_gib()
+held = np.ones(2**29, np.uint8)
+assert before + 0.3 < machine.peak_memory_gib() < before + 0.7, (before, machine.peak_memory_gib(), held.size)
+"""
+
+
 def test_peak_memory_grows_with_what_is_held():
-    before = machine.peak_memory_gib()
-    held = np.ones(int((before + 0.25) * 2**30), np.uint8)
-    assert machine.peak_memory_gib() >= before + 0.2 and held[-1] == 1
+    """In a process of its own: what this one held at its peak may be more than can be held again."""
+    done = subprocess.run([sys.executable, "-c", _HOLD_HALF_A_GIB], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
