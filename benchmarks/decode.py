@@ -45,11 +45,11 @@ class Decoding:
         model = aura_jax.load(workdir, dtype=dtype, adapters=adapters, batch_size=1, max_new_tokens=n_new)
         generator = generate.Generator(model.system, model.variables, batch_size=1, max_new_tokens=n_new)
         prompt = tokenise(model.system, 0, Request(np.zeros(SECONDS * 16000, np.float32)))
-        inputs, program = lay_out(model.system, [prompt], 1), generator.program(True, n_new)
-        self.variables, self.program = generator.held, program
-        self._prefill = lambda: generate._prefill(generator.held, inputs, NO_STOP, program, Choice())
+        inputs = lay_out(model.system, [prompt], 1)
+        self.variables, self.program = generator.held(generator.program(True, n_new), 1)
+        self._prefill = lambda: generate._prefill(self.variables, inputs, NO_STOP, self.program, Choice())
         self.cache, self.state, self.prompted = self._prefill()
-        self.n_bytes = bytes_of_a_token(program.visible(generator.held))
+        self.n_bytes = bytes_of_a_token(self.program.visible(self.variables))
 
     def compiled(self) -> Any:
         return generate._decode.lower(*self._arguments(np.int32(2))).compile()

@@ -192,7 +192,8 @@ class Generator(Reader):
         tokens_BxT, vocab = np.asarray(columns.tokens_BxT), self._model.config.llm.vocab
         choice = Choice.of(sampling, number_B, tokens_BxT, is_text_BxT, vocab)
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
-        cache, state, prompted = _prefill(self.held, inputs, stop_ids, program, choice)
+        variables, program = self.held(program, n_rows)
+        cache, state, prompted = _prefill(variables, inputs, stop_ids, program, choice)
         yield from self.decoded(cache, state, prompted, program, len(batch), stop, every)
 
     def decoded(
@@ -214,8 +215,9 @@ class Generator(Reader):
         stop_ids = np.asarray(self.system.chat.stop_ids, np.int32)
         answers = [AnswerText(self.system.tokenizer, self.system.chat.stop_ids, stop) for _ in range(n_answers)]
         finished_B = np.arange(len(state.finished_B)) >= n_answers
+        variables, program = self.held(program, len(finished_B))
         for n_until in [*range(every, program.n_new, every), program.n_new]:
-            cache, state = _decode(self.held, cache, state, prompted, stop_ids, finished_B, np.int32(n_until), program)
+            cache, state = _decode(variables, cache, state, prompted, stop_ids, finished_B, np.int32(n_until), program)
             for answer, token_G in zip(answers, np.asarray(state.token_BxG), strict=False):
                 answer.read(token_G[:n_until].tolist(), is_whole=n_until == program.n_new)
             yield answers

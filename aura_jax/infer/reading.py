@@ -59,7 +59,6 @@ class Reader:
     Attributes:
       batch_size: most rows read together.
       variables: `params` and `lora`; other trees replace them between calls without compiling anew (during training).
-      held: they, as programs read them: each weight in the dtype that it is multiplied in, and on a CPU block by block.
     """
 
     def __init__(
@@ -88,17 +87,14 @@ class Reader:
         self.system = system
         # The splash kernel reads queries by the hundred, and a step of decoding has one.
         model: Any = system.model
-        self._mesh = _mesh_of(variables)
-        self._model = model.clone(
-            attention_impl="xla" if model.attention_impl == "splash" else model.attention_impl,
-            apart=_reads_apart(model, variables),
-        )
+        self._model = model.clone(attention_impl="xla") if model.attention_impl == "splash" else model
         self.variables = variables
         self.batch_size = system.config.eval.batch_size if batch_size is None else batch_size
         if self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size}: must be at least 1")
         self._text_lora = EVERYWHERE if on_text else OFF
         self._speech_lora = AT_AUDIO if scope == "audio" else EVERYWHERE
+        self._mesh = _mesh_of(variables)
         self._row_multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
     @property
@@ -107,8 +103,30 @@ class Reader:
 
     @variables.setter
     def variables(self, variables: Mapping[str, Any]) -> None:
-        self._variables = variables
-        self.held = as_read(variables, self._model)  # once, and not in front of every pass
+        # Once, and not in front of every piece of an answer.
+        lora = {"lora": as_computed(variables["lora"], self._model.dtype)} if "lora" in variables else {}
+        self._variables = {**variables, **lora}
+        self._apart: dict[str, Any] | None = None  # they for a single row on a CPU
+
+    def held(self, program: Program, n_rows: int) -> tuple[Mapping[str, Any], Program]:
+        """Returns the variables that a pass over so many rows reads, and its program.
+
+        XLA for CPUs copies a block's weights out of their stack before it multiplies by them, which takes a single row
+        as long as the product. There, a single row is given them block by block, in the dtype that they are multiplied
+        in. It is not worth it for weights that are narrower than that, as XLA would convert those of all blocks at
+        once, in front of every piece of an answer; nor for several rows, as it takes longer to compile.
+        """
+        multiplied = self._model.matmul_dtype or self._model.dtype
+        is_wide = jnp.dtype(self._model.param_dtype).itemsize >= jnp.dtype(multiplied).itemsize
+        if jax.default_backend() != "cpu" or self._mesh is not None or n_rows > 1 or not is_wide:
+            return self.variables, program
+        if self._apart is None:
+            params = self.variables["params"]
+            read = {"params": {**params, "llm": as_multiplied(params["llm"], multiplied)}}
+            if "lora" in self.variables:
+                read["lora"] = self.variables["lora"]
+            self._apart = {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in read.items()}
+        return self._apart, dataclasses.replace(program, model=program.model.clone(apart=True))
 
     def prompt_logits(self, request: Request) -> np.ndarray:
         """Returns the logits [T, V], float32, at every token of the request's prompt, audio tokens included.
@@ -120,7 +138,8 @@ class Reader:
         """
         prompt = tokenise(self.system, 0, request)
         inputs = lay_out(self.system, [prompt], self._row_multiple)
-        logits_BxTxV, segment_BxT = _prompt_logits(self.held, inputs, self.program(bool(prompt.clips), n_new=0))
+        variables, program = self.held(self.program(bool(prompt.clips), n_new=0), self._row_multiple)
+        logits_BxTxV, segment_BxT = _prompt_logits(variables, inputs, program)
         return np.asarray(logits_BxTxV)[0, np.asarray(segment_BxT)[0] != 0]
 
     def answer_states(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> jax.Array:
@@ -142,8 +161,9 @@ class Reader:
             dataclasses.replace(tokenise(self.system, i, request), answer=answer)
             for i, (request, answer) in enumerate(zip(requests, answers, strict=True))
         ]
-        inputs = lay_out(self.system, prompts, self.n_rows(len(prompts)))
-        return _answer_states(self.held, inputs, self.program(bool(prompts[0].clips), n_new=0))
+        n_rows = self.n_rows(len(prompts))
+        variables, program = self.held(self.program(bool(prompts[0].clips), n_new=0), n_rows)
+        return _answer_states(variables, lay_out(self.system, prompts, n_rows), program)
 
     def n_rows(self, n: int) -> int:
         """Returns the rows of a batch of n requests.
@@ -158,31 +178,6 @@ class Reader:
         """Returns the program of requests with speech or without, whose answers have up to `n_new` tokens."""
         lora = self._speech_lora if is_spoken else self._text_lora
         return Program(self._model, self._mesh, lora, n_new, self.system.config.model.normalisation)
-
-
-def as_read(variables: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Returns `params` and `lora` with every weight in the dtype that it is multiplied in; blocks apart if the model
-    has them so."""
-    params, dtype = variables["params"], model.matmul_dtype or model.dtype
-    read: dict[str, Any] = {"params": {**params, "llm": as_multiplied(params["llm"], dtype)}}
-    if "lora" in variables:
-        read["lora"] = as_computed(variables["lora"], model.dtype)
-    if model.apart:
-        return {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in read.items()}
-    return read
-
-
-def _reads_apart(model: Any, variables: Any) -> bool:
-    """Returns whether the blocks of the LLM are taken out of their stacks.
-
-    XLA for CPUs copies a block's weights out of their stack before it multiplies by them, which takes a single row as
-    long as the product. Weights that are narrower than what they are multiplied in stay there: XLA would convert those
-    of all blocks at once, in front of every piece of an answer.
-    """
-    shardings = [x.sharding for x in jax.tree.leaves(variables) if getattr(x, "sharding", None) is not None]
-    devices = set[jax.Device]().union(*(sharding.device_set for sharding in shardings))
-    as_held = jnp.dtype(model.matmul_dtype or model.dtype).itemsize <= jnp.dtype(model.param_dtype).itemsize
-    return as_held and [device.platform for device in devices] == ["cpu"]
 
 
 def _mesh_of(variables: Any) -> jax.sharding.Mesh | None:

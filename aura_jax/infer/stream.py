@@ -148,7 +148,8 @@ class Session:
         self.n_samples, self._n_read = 0, 0
         self.logits_V: jax.Array | None = None
 
-        self._program: Program = generator.program(is_spoken=True, n_new=self.n_new)
+        program = generator.program(is_spoken=True, n_new=self.n_new)
+        self._variables, self._program = generator.held(program, generator.n_rows(1))
         prefix_T, suffix_T = _padded(self._prefix_T), _padded(self._suffix_T)
         n_columns = len(prefix_T) + self._n_audio_most + self._n_piece + 1 + len(suffix_T) + self.n_new
         self._cache: Cache | None
@@ -219,7 +220,7 @@ class Session:
         suffix = _padded(self._suffix_T), np.int32(len(self._suffix_T))
         stop_ids = np.asarray(generator.system.chat.stop_ids, np.int32)
         cache, state, prompted, self.logits_V = _read_end(
-            generator.held, self._cache, self._heard, program, piece, self._n_audio_most, *suffix, stop_ids, choice
+            self._variables, self._cache, self._heard, program, piece, self._n_audio_most, *suffix, stop_ids, choice
         )
         self._cache = None
         return generator.decoded(cache, state, prompted, program, 1, self._stop, every)
@@ -229,7 +230,7 @@ class Session:
             raise UserError("this turn has ended: open a session for the next")
 
     def _read(self, program: Any, *arguments: Any) -> None:
-        self._cache, self._heard = program(self._generator.held, self._cache, self._heard, self._program, *arguments)
+        self._cache, self._heard = program(self._variables, self._cache, self._heard, self._program, *arguments)
 
     def _add(self, waveform_S: np.ndarray) -> None:
         start = _HALF_WINDOW + self.n_samples

@@ -1,6 +1,5 @@
 """Greedy decoding against a loop without a cache, one request at a time and without padding."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -219,24 +218,23 @@ def test_new_variables_act_at_once(tiny_loaded, generator):
     assert len(generator.shapes) == 1
 
 
-def test_weights_are_read_as_they_are_multiplied(tiny_config, random_variables):
+def test_a_single_row_reads_weights_as_they_are_multiplied(tiny_config, random_variables):
     c = tiny_config()
     c.model.matmul_dtype = "bfloat16"
     system = system_lib.build(c)
     variables = random_variables(system)
     generator = Generator(system, variables)
-    llm = generator.held["params"]["llm"]
-    assert (
-        llm["adapted"]["0"]["attn"]["q"]["kernel"].dtype == llm["plain"]["1"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
-    )
+    program = generator.program(is_spoken=True, n_new=0)
+    assert generator.held(program, 2) == (generator.variables, program)
+    held, apart = generator.held(program, 1)
+    llm = held["params"]["llm"]
+    assert llm["adapted"]["0"]["attn"]["q"]["kernel"].dtype == "bfloat16"
+    assert llm["plain"]["1"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
     assert llm["embed"]["embedding"].dtype == llm["plain"]["1"]["input_norm"]["scale"].dtype == "float32"
-    assert variables["params"]["llm"]["plain"]["mlp"]["up"]["kernel"].dtype == "float32"
-    prompt = tokenise(system, 0, SPEECH[0])
-    inputs, program = lay_out(system, [prompt], 1), generator.program(is_spoken=True, n_new=0)
-    in_stacks = dataclasses.replace(program, model=system.model)
-    expected, segment_BxT = reading._prompt_logits(variables, inputs, in_stacks)
-    found = generator.prompt_logits(SPEECH[0])
-    np.testing.assert_allclose(found, expected[0, segment_BxT[0] != 0], atol=1e-3 * np.abs(found).max())
+    inputs = lay_out(system, [tokenise(system, 0, SPEECH[0])], 1)
+    expected, _ = reading._prompt_logits(variables, inputs, program)
+    found, _ = reading._prompt_logits(held, inputs, apart)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(found).max())
 
 
 def test_few_shapes(tiny_loaded, generator, monkeypatch):
@@ -259,8 +257,8 @@ def test_the_cache_is_donated(generator):
     prompts = [tokenise(system, i, request) for i, request in enumerate(SPEECH)]
     inputs, program = lay_out(system, prompts, 4), generator.program(is_spoken=True, n_new=8)
     stop_ids = np.array(system.chat.stop_ids, np.int32)
-    cache, state, segment = generate._prefill(generator.held, inputs, stop_ids, program, Choice())
-    generate._decode(generator.held, cache, state, segment, stop_ids, np.zeros(4, bool), np.int32(8), program)
+    cache, state, segment = generate._prefill(generator.variables, inputs, stop_ids, program, Choice())
+    generate._decode(generator.variables, cache, state, segment, stop_ids, np.zeros(4, bool), np.int32(8), program)
     assert cache.k_LxBxSxGxK.is_deleted()
 
 

@@ -173,7 +173,7 @@ def test_what_cannot_stream_says_what_can(tiny_config, changes, match):
     if c.embedder.kind == "stack":
         c.model.encoder, c.model.teacher = c.model.teacher, ""
     with pytest.raises(UserError, match=match):
-        Session(Generator(system_lib.build(c), {"params": {"llm": {}}}))
+        Session(Generator(system_lib.build(c), {}))
 
 
 _ON_TWO_DEVICES = """

@@ -21,8 +21,9 @@ from aura_jax.config import Config
 from aura_jax.experiments.compile import chips, facts, hlo, program, roofline, shapes
 from aura_jax.infer import generate
 from aura_jax.infer.prompting import Inputs, Request, lay_out, tokenise
-from aura_jax.infer.reading import Program, as_read
+from aura_jax.infer.reading import Program
 from aura_jax.infer.sampling import Choice
+from aura_jax.models.lora import as_computed
 
 _PREFILL, _DECODE = "prefill", "decode"
 
@@ -48,9 +49,11 @@ class Answering:
           UserError: parameters do not divide over the mesh.
         """
         variables = system.abstract_variables(built)
-        variables = jax.eval_shape(lambda x: as_read(x, built.model), variables)
+        variables = {name: variables[name] for name in ("params", "lora") if name in variables}
         if merged:
             del variables["lora"]
+        if "lora" in variables:
+            variables["lora"] = jax.eval_shape(lambda x: as_computed(x, built.model.dtype), variables["lora"])
         placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         variables = jax.tree.map(placed, variables, sharding.tree_shardings(variables, mesh))
         generator = generate.Generator(built, variables)
