@@ -129,10 +129,12 @@ def test_tokens_have_the_size_of_text_and_hear_the_clip(kind):
 
 
 def test_left_alone_it_rounds_its_weights_and_makes_one_token_at_least():
-    tokens, n_K, total_K = heard("cformer", np.stack([mel(80, 3), mel(80, 4)]), np.array([80, 2]), n_slots=60)
-    assert n_K.tolist() == [max(1, round(float(total))) for total in total_K] and n_K[1] >= 1
-    told = heard("cformer", np.stack([mel(80, 3), mel(80, 4)]), np.array([80, 2]), n_slots=60, n_tokens_K=n_K)
-    np.testing.assert_allclose(tokens[0, : n_K[0]], told[0][0, : n_K[0]], atol=1e-6)  # two programs, that round
+    clips, n_frames = np.stack([mel(80, 3), mel(80, 4)]), np.array([80, 2])
+    with jax.disable_jit():  # one operation after the other: two programs may fuse, and so round, differently
+        tokens, n_K, total_K = heard("cformer", clips, n_frames, n_slots=60)
+        assert n_K.tolist() == [max(1, round(float(total))) for total in total_K] and n_K[1] >= 1
+        told = heard("cformer", clips, n_frames, n_slots=60, n_tokens_K=n_K)
+    np.testing.assert_array_equal(tokens[0, : n_K[0]], told[0][0, : n_K[0]])
     assert int(heard("cformer", mel(80, 3)[None], np.array([80]), n_slots=2)[1][0]) == 2  # as many as there are slots
 
 
