@@ -27,11 +27,14 @@ import numpy as np
 
 before = machine.peak_memory_gib()
 held = np.ones(2**29, np.uint8)
-assert before + 0.3 < machine.peak_memory_gib() < before + 0.7, (before, machine.peak_memory_gib(), held.size)
+print(before, machine.peak_memory_gib(), held[0])
 """
 
 
-def test_peak_memory_grows_with_what_is_held():
-    """In a process of its own: what this one held at its peak may be more than can be held again."""
+def test_peak_memory_grows_with_what_is_held_by_this_process_alone():
+    """In a process of its own, started by one whose peak was higher: what this one held may not be held again."""
+    held = np.ones(2**30, np.uint8)
     done = subprocess.run([sys.executable, "-c", _HOLD_HALF_A_GIB], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    before, after, _ = map(float, done.stdout.split())
+    assert before < held.size / 2**30 and 0.3 < after - before < 0.7
