@@ -69,7 +69,7 @@ def test_bridges_and_llms_that_a_peer_cannot_read_are_refused(workdir, tmp_path,
     assert "it keeps an encoder: name it by --bridge" in line
 
 
-def test_arms_are_those_that_the_run_and_the_peers_allow(workdir):
+def test_arms_are_those_that_the_run_and_the_peers_allow(workdir, monkeypatch):
     silence = {"seconds": 3.0, "windows": [4.0], "wer": {}}
     files = {name: name for name in ("llm", "whisper", "ctranslate2", "F32", "Q8_0", "Q4_1", "export")}
     names = lambda peers, found: [arm.name for arm in infer.speech_arms(workdir, workdir, workdir, peers, found, files)]
@@ -82,6 +82,10 @@ def test_arms_are_those_that_the_run_and_the_peers_allow(workdir):
         "AuRA, our export in torch",
     ]
     c = config.from_json(workdir / "config.json")
+    c.model.matmul_dtype = "bfloat16"
+    monkeypatch.setattr(infer, "_config", lambda _: c)
+    rounded = ("AuRA merged, blocks in bfloat16", "cascade, 30 s window, blocks in bfloat16")
+    assert names([], None) == [*own[:2], rounded[0], *own[2:], rounded[1]]
     decode = [arm.name for arm in infer.decode_arms(c, infer.Plan().dtypes, infer.PEERS, files)]
     assert set(infer.EQUAL) | set(infer.EQUAL.values()) < set(decode)
 
@@ -120,7 +124,7 @@ def test_gguf_matrices_are_the_runs_own(tiny_llm_dir, tmp_path):
 def test_a_peer_that_dies_is_left_out(tmp_path):
     died = (sys.executable, "-c", "import sys; sys.exit('no such instruction')")
     left_out = []
-    case = infer_case.Case(tmp_path, (), (), (), 0.0)
+    case = infer_case.Case(tmp_path, {}, (), 0.0)
     with infer.started([infer.Arm("theirs", died, {})], case, "1", tmp_path, left_out) as running:
         assert running == []
     assert left_out == ["theirs: died: no such instruction"]
@@ -160,7 +164,8 @@ def test_a_peer_reads_the_transcript_in_the_runs_own_prompt(workdir, tmp_path, m
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=FakeLlama))
     built = system.build(config.from_json(workdir / "config.json"))
     case = infer_case.write(built, (1.0,), 2, 2, 7, 64, tmp_path / "case")
-    assert case.tests == case.batch == ("test 0", "test 1") and all(case.references) and case.seconds > 1
+    assert case.tests == case.batch == ("test 0", "test 1") == tuple(case.sets["rows"]) and case.seconds > 1
+    assert all(case.sets["rows"].values())
     (tmp_path / "model.gguf").write_bytes(b"12345")
     arm, options = (
         infer_worker.Arm(),
@@ -194,7 +199,7 @@ def test_the_whole_of_it_on_random_tiny_models(workdir, tiny_loaded, write_workd
     printed = capsys.readouterr().out
     assert infer_report.table(results) in printed
     assert (tmp_path / "infer.svg").read_text().startswith("<?xml")
-    assert results["test"]["clips"] == 2 and "bridge: no --bridge" in results["left_out"]
+    assert results["test"]["clips"] == {"rows": 2} and "bridge: no --bridge" in results["left_out"]
     arms = results["arms"]
     assert list(arms) == [
         *("AuRA merged", "AuRA", "AuRA streaming, merged", "cascade, 30 s window"),

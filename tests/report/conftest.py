@@ -1,5 +1,6 @@
 """A small run's report, every part of it there."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,8 +23,17 @@ def _cka(bend: float) -> list[list[float]]:
     return [[0.1 + bend * ((3 * block + 5 * teacher) % 7) / 8 for teacher in range(4)] for block in range(10)]
 
 
+@pytest.fixture(scope="session")
+def make_report_data() -> Callable[[], dict[str, Any]]:
+    return _report_data
+
+
 @pytest.fixture
 def report_data() -> dict[str, Any]:
+    return _report_data()
+
+
+def _report_data() -> dict[str, Any]:
     """The dictionary that a page is made of: 5 recorded steps of two stages, the second without distillation."""
     return {
         "name": "small",

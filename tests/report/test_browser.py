@@ -61,14 +61,14 @@ def browser() -> Iterator[Any]:
     started.quit()
 
 
-@pytest.fixture(params=["the quickstart's", "a small run's", "a comparison"])
-def page(request, report_data, tmp_path) -> Path:
+@pytest.fixture(scope="module", params=["the quickstart's", "a small run's", "a comparison"])
+def page(request, make_report_data, tmp_path_factory) -> Path:
     """A run's page as it was written down, and what the templates make now."""
     if request.param == "the quickstart's":
         return QUICKSTART
     of_run = request.param == "a small run's"
-    path = tmp_path / "page.html"
-    path.write_text(report.render(report_data) if of_run else compared.render(json.loads(COMPARED.read_text())))
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(report.render(make_report_data()) if of_run else compared.render(json.loads(COMPARED.read_text())))
     return path
 
 
