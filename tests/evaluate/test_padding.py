@@ -37,8 +37,8 @@ class Hears:
     def __init__(self, n_missing, padding=None):
         self.n_missing, self.padding = n_missing, padding
 
-    def with_windows(self, windows, padding=0.0):
-        assert windows is None or windows == tuple(range(1, 31))
+    def with_windows(self, windows, padding=0.0, hears_again=True):
+        assert windows is None or (windows == tuple(range(1, 31)) and not hears_again)
         return Hears(self.n_missing, None if windows is None else padding)
 
     def generate(self, requests, progress):
@@ -65,7 +65,7 @@ def test_with_a_whisper_the_error_rates_are_those_of_its_windows(rows, tmp_path)
     found = find_padding(transcriber, rows, [0.0, 5.0], progress=False)
     clips = [np.asarray(soundfile.read(row.audio, dtype="float32")[0]) for row in rows]
     for padding, windows in ((0.0, 1.0), (5.0, 2.0), (None, None)):
-        replies = transcriber.with_windows(windows).generate([Request(clip) for clip in clips])
+        replies = transcriber.with_windows(windows, hears_again=False).generate([Request(clip) for clip in clips])
         assert found.wer[padding] == score([WORDS] * 2, [reply.text for reply in replies])["wer"]
 
 

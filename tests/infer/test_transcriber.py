@@ -12,6 +12,7 @@ from aura_jax import assets
 from aura_jax.audio.io import load_audio
 from aura_jax.convert import random_models
 from aura_jax.errors import UserError
+from aura_jax.infer.generate import Reply
 from aura_jax.infer.prompting import Request
 from aura_jax.infer.transcriber import Transcriber
 
@@ -33,6 +34,10 @@ def multilingual(tmp_path_factory):
 
 def noise(seconds: float, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(round(seconds * 16000)) * 0.1).astype(np.float32)
+
+
+def silence(seconds: float) -> np.ndarray:
+    return np.zeros(round(seconds * 16000), np.float32)
 
 
 def reference_tokens(directory, clips, n_new: int, **options) -> list[list[int]]:
@@ -82,11 +87,37 @@ def test_a_shorter_window_is_that_of_a_whisper_with_fewer_positions(english, tmp
 def test_each_clip_has_the_shortest_window_that_holds_it_and_its_padding(english, monkeypatch):
     transcriber = Transcriber(english, batch_size=2).with_windows([2, 1, 0.5], padding_seconds=0.2)
     batches, seconds = [], [0.7, 0.3, 0.9, 1.9, 0.1, 0.2, 0.8]
-    run = lambda clips, n_samples: batches.append(len(clips)) or [(len(clip), n_samples / 16000) for clip in clips]
+
+    def run(clips, n_samples):
+        batches.append(len(clips))
+        return [Reply(f"{len(clip)} in {n_samples}", (), True, 1.0) for clip in clips]
+
     monkeypatch.setattr(transcriber, "_run", run)
-    found = transcriber.generate([Request(np.zeros(round(s * 16000), np.float32)) for s in seconds])
-    assert found == [(round(s * 16000), n) for s, n in zip(seconds, [1, 0.5, 2, 2, 0.5, 0.5, 1], strict=True)]
+    found = transcriber.generate([Request(silence(s)) for s in seconds])
+    windows = [1, 0.5, 2, 2, 0.5, 0.5, 1]
+    assert [reply.text for reply in found] == [
+        f"{round(s * 16000)} in {round(n * 16000)}" for s, n in zip(seconds, windows, strict=True)
+    ]
     assert batches == [2, 1, 2, 2]
+
+
+def test_what_repeats_itself_is_heard_again_in_the_longest_window(english, monkeypatch):
+    transcriber = Transcriber(english, batch_size=4).with_windows([2, 1])
+    often = "turn on the light " * 8
+    # By the length of the clip: once wrong; right, though a word comes three times; wrong in either window.
+    said = {4000: (often, "turn on the light"), 8000: ("no no no", ""), 12000: (often, often)}
+    run = lambda clips, n_samples: [Reply(said[len(clip)][n_samples == 32000], (), True, 1.0) for clip in clips]
+    monkeypatch.setattr(transcriber, "_run", run)
+    requests = [Request(silence(s)) for s in (0.5, 0.25, 0.75)]
+    found = transcriber.generate(requests)
+    assert [reply.text for reply in found] == ["no no no", "turn on the light", often]
+    assert [reply.seconds for reply in found] == [1.0, 2.0, 2.0]
+    once = transcriber.with_windows([2, 1], hears_again=False)
+    monkeypatch.setattr(once, "_run", run)
+    assert [reply.text for reply in once.generate(requests)] == ["no no no", often, often]
+    full = transcriber.with_windows(None)
+    monkeypatch.setattr(full, "_run", run)
+    assert [reply.seconds for reply in full.generate(requests)] == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("seconds", [[], 0.01, [1, 2.1], float("nan")])
