@@ -35,12 +35,12 @@ _READERS = 4  # threads
 def comparable(rows: Sequence[Row], name: str) -> list[Row]:
     """Returns the rows that can be both heard and read, and have one answer: those with audio and its transcript.
 
-    The transcript of a question with `answers` and no `response` is not its answer.
+    The transcript of a question with `answers` or `choices` and no `response` is not its answer.
 
     Raises:
       UserError: there is none in the set `name`.
     """
-    of_text = lambda row: row.response is not None or "answers" not in row.extra
+    of_text = lambda row: row.response is not None or not {"answers", "choices"} & set(row.extra)
     found = [row for row in rows if row.audio is not None and row.text and of_text(row)]
     if not found:
         raise UserError(

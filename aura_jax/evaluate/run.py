@@ -183,8 +183,7 @@ def _scores(
     of = lambda places: ([outputs[i].reference for i in places], [outputs[i].hypothesis for i in places])
     if text:
         intents = [rows[i].extra.get("intent") for i in text]
-        known = [str(intent) for intent in intents] if None not in intents else None
-        scores |= score(*of(text), known, classifier)
+        scores |= score(*of(text), [None if intent is None else str(intent) for intent in intents], classifier)
     if translated:
         scores["bleu"] = bleu(*of(translated))
     if chosen:

@@ -187,7 +187,7 @@ class IntentClassifier:
 def score(
     references: Sequence[str],
     hypotheses: Sequence[str],
-    intents: Sequence[str] | None = None,
+    intents: Sequence[str | None] = (),
     classifier: IntentClassifier | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -195,7 +195,8 @@ def score(
 
     Args:
       references, hypotheses: what was said, and what was heard.
-      intents: of each utterance; with `classifier`, intent accuracy is reported too.
+      intents: of each utterance, None where it has none; with `classifier`, intent accuracy is reported too, over the
+        utterances that have one. Empty: none has.
 
     Returns:
       {"n", "wer": of `interval`, "cer": ..., "exact_match": ..., "intent_accuracy": ...}, rates as fractions. WER and
@@ -218,9 +219,11 @@ def score(
         "cer": interval(characters_2xN[0], characters_2xN[1], seed),
         "exact_match": interval(np.array(exact), ones, seed),
     }
-    if intents is not None and classifier is not None:
-        right = [classifier.classify(h) == intent for h, intent in zip(hypotheses, intents, strict=True)]
-        result["intent_accuracy"] = interval(np.array(right), ones, seed)
+    if classifier is not None:
+        known = [(h, intent) for h, intent in zip(hypotheses, intents, strict=bool(intents)) if intent is not None]
+        if known:
+            right = np.array([classifier.classify(h) == intent for h, intent in known])
+            result["intent_accuracy"] = interval(right, np.ones(len(right)), seed)
     return result
 
 

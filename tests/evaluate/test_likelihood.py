@@ -183,7 +183,8 @@ def test_rows_without_a_transcript_or_one_answer_are_left_out(tmp_path, rows):
     path = tmp_path / "set.jsonl"
     audio = f'{{"audio": "{rows[0].audio}", '
     question = audio + '"text": "Why?", "answers": ["yes"]}\n'
-    path.write_text(audio + '"response": "Done."}\n{"prompt": "x", "response": "y"}\n' + question)
+    choice = audio + '"text": "Rome or Paris?", "choices": ["Rome", "Paris"], "answer": 0}\n'
+    path.write_text(audio + '"response": "Done."}\n{"prompt": "x", "response": "y"}\n' + question + choice)
     others = load_manifest(path)
     assert comparable([*others, *rows], "s") == rows
     with pytest.raises(UserError, match=r"eval\.likelihood: no row of the set 's' has both") as caught:

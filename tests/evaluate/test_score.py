@@ -104,6 +104,8 @@ def test_intents_by_the_nearest_training_sentence(sample_data):
         classifier,
     )
     assert scores["intent_accuracy"]["value"] == 0.5
+    some = score(["Set a timer.", "Close the door."], ["Set a timer", "Set a timer"], ["timer", None], classifier)
+    assert (some["intent_accuracy"]["value"], some["intent_accuracy"]["n"]) == (1.0, 1)
     assert isinstance(classifier.classify(""), str)
 
 
