@@ -30,6 +30,7 @@ def make_source(
     prompt: str = "",
     n_samples: Sequence[int] | None = None,
     transcripts: bool = False,
+    responses: bool = False,
 ) -> Source:
     """Tokenises rows and measures their clips.
 
@@ -39,15 +40,17 @@ def make_source(
         prompt: for speech rows without a prompt of their own.
         n_samples: of each clip. None: by `manifest.clip_samples`.
         transcripts: tokenise those, too, for objectives that read them in place of the audio.
+        responses: as of `check_row`.
 
     Raises:
-        UserError: there are no rows; a plain text has fewer than two tokens; the chat template fails; a transcript is
-            wanted, and there is none.
+        UserError: there are no rows; a plain text has fewer than two tokens; the chat template fails; or as
+            `check_row`.
     """
     if not rows:
         raise UserError("a source without rows: give a manifest, or a part of one, that has some")
     prefixes, suffixes, targets = [], [], []
     for row in rows:
+        check_row(row, transcripts, responses)
         if row.is_plain_text:
             prefix, target = _plain_text(row, chat)
             suffix = ()
@@ -68,12 +71,32 @@ def make_source(
     return Source(rows, prefixes, suffixes, targets, lengths, spoken)
 
 
+def check_row(row: Row, transcripts: bool, responses: bool) -> None:
+    """Checks that a spoken row has what the objectives of a run read.
+
+    Args:
+        transcripts: they read its transcript.
+        responses: they compare answers, which are to be the LLM's own: to answer is not to repeat what was said.
+
+    Raises:
+        UserError: it has not.
+    """
+    if row.audio is None:
+        return
+    if transcripts and not row.text:
+        raise UserError(f"{row.where}: no 'text', which an objective of this run reads: add it, or {LET_TRANSCRIBE}")
+    if responses and row.response is None:
+        raise UserError(
+            f"{row.where}: no 'response', and the objective response_kd compares answers: let `aura-jax data continue` "
+            "write what the LLM itself answers"
+        )
+
+
 def _transcript(row: Row, chat: ChatFormat) -> tuple[int, ...]:
     """The tokens that stand for the audio where a row is read as text."""
     if row.audio is None:
         return ()
-    if not row.text:
-        raise UserError(f"{row.where}: no 'text', which an objective of this run reads: add it, or {LET_TRANSCRIBE}")
+    assert row.text is not None
     return chat.text(row.text)
 
 

@@ -18,7 +18,7 @@ from aura_jax.data.batch import Batch
 from aura_jax.data.manifest import ROUNDING, Row, clip_samples, load_manifest
 from aura_jax.data.pipeline import make_dataset
 from aura_jax.data.plan import BUCKETS, BatchPlan
-from aura_jax.data.sources import Source, make_source
+from aura_jax.data.sources import Source, check_row, make_source
 from aura_jax.data.text_pool import TextPool, load_documents
 from aura_jax.errors import UserError
 from aura_jax.system import System
@@ -52,9 +52,7 @@ class Inputs:
             raise UserError("data.train is empty: give (manifest, passes per epoch) pairs")
         self._sources, self._weights = [], []
         # One for all stages: those that read no transcript leave it alone.
-        self._reads = any(
-            self._reads_in(step_lib.active_objectives(stage)) for _, stage in config_lib.stages(built.config)
-        )
+        self._needed = _needed(built)
         for manifest, weight in c.train:
             self._sources.append(self._source(manifest))
             self._weights.append(weight)
@@ -99,16 +97,12 @@ class Inputs:
                 f"{manifest}: no row is left after data.validation_values, data.min_seconds and data.max_seconds: "
                 "hold out fewer, or allow other lengths"
             )
-        return make_source(kept, self._built.chat, prompt=c.prompt, n_samples=samples, transcripts=self._reads)
-
-    def _reads_in(self, active: frozenset[str]) -> bool:
-        """Whether a stage needs transcripts: to read them, or to know how many audio tokens a clip has."""
-        return bool(active & objectives.READING) or self._built.token_rate is None
+        return make_source(kept, self._built.chat, prompt=c.prompt, n_samples=samples, **self._needed)
 
     def _planned(self, active: frozenset[str]) -> tuple[list[Source], BatchPlan]:
         """The sources and the plan of a stage: as much of every row, and as many readings, as its objectives need."""
         # Rows end with the audio span where nothing reads further.
-        audio_only, reads = not active & objectives.ANSWERS, self._reads_in(active)
+        audio_only, reads = not active & objectives.ANSWERS, _reads(self._built, active)
         if (audio_only, reads) not in self._plans:
             c = self._built.config.data
             sources, passes = self._sources, self._weights
@@ -236,6 +230,27 @@ class Inputs:
                 f"{self._quarantine} says why"
             )
         return states_nxPxE
+
+
+def check_rows(built: System) -> None:
+    """Raises UserError for a training manifest that cannot be read, or lacks what a run's objectives need."""
+    for manifest, _ in built.config.data.train:
+        for row in split_held_out(load_manifest(manifest), built.config.data)[0]:
+            check_row(row, **_needed(built))
+
+
+def _needed(built: System) -> dict[str, bool]:
+    """Returns what the stages need of rows, as `check_row` takes it."""
+    stages = [step_lib.active_objectives(stage) for _, stage in config_lib.stages(built.config)]
+    return {
+        "transcripts": any(_reads(built, active) for active in stages),
+        "responses": any("response_kd" in active for active in stages),
+    }
+
+
+def _reads(built: System, active: frozenset[str]) -> bool:
+    """Whether a stage needs transcripts: to read them, or to know how many audio tokens a clip has."""
+    return bool(active & objectives.READING) or built.token_rate is None
 
 
 def split_held_out(rows: Sequence[Row], data: Config) -> tuple[list[Row], list[Row]]:

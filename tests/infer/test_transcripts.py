@@ -192,6 +192,9 @@ def test_whoever_lacks_a_transcript_is_told_how_to_get_it(manifest, tiny_config,
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_llm_dir), CHATML)
     with pytest.raises(UserError, match=told):  # what objectives read
         make_source(load_manifest(manifest), chat, transcripts=True)
+    manifest.write_text(json.dumps({"audio": "clips/a.wav", "text": "Why?"}) + "\n")
+    with pytest.raises(UserError, match=r"mine\.jsonl:1: .*let `aura-jax data continue` write what the LLM"):
+        make_source(load_manifest(manifest), chat, transcripts=True, responses=True)
     for text in (None, " "):
         manifest.write_text(json.dumps({"audio": "clips/a.wav", "response": "Because.", "text": text}) + "\n")
         with pytest.raises(UserError, match=told):

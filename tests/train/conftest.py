@@ -11,10 +11,10 @@ from aura_jax.train.inputs import Inputs
 
 
 def write_manifest(path: Path, sample_data: Path, n: int = 24) -> Path:
-    """Writes the first rows of the training commands with absolute paths."""
+    """Writes the first rows of the training commands with absolute paths; what was said is the response, too."""
     source = sample_data / "commands" / "train.jsonl"
     rows = [json.loads(line) for line in source.read_text().splitlines()[:n]]
-    rows = [row | {"audio": str(source.parent / row["audio"])} for row in rows]
+    rows = [row | {"audio": str(source.parent / row["audio"]), "response": row["text"]} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -163,8 +163,9 @@ def stacked(frozen: dict) -> dict[str, jax.Array]:
     [
         ({"lm": 1.0, "distill": 1.0}, 1),
         ({"lm": 1.0, "distill": 1.0, "text_anchor": 1.0, "text_kd": 1.0}, 2),
+        ({"response_kd": 1.0, "hidden_l2": 1.0, "embedding_l2": 1.0}, 1),
     ],
-    ids=["speech", "all, accumulated"],
+    ids=["speech", "all, accumulated", "the transcript, too"],
 )
 def test_the_compiled_step_holds_no_full_logits_and_no_second_copy_of_the_weights(
     make_config, make_run, odd_models, objectives, accumulate, matmul_dtype
