@@ -79,6 +79,8 @@ def test_a_file_may_take_a_base(file, tmp_path):
     argument = f"--config={file('c.seed += 1', text)}:{tmp_path / 'base.py'}"
     assert config.load([argument]).seed == 4
     assert "no config file" in the_line(config.load, [argument + "x"])
+    line = the_line(config.load, [f"--config={file('c.seed = 3')}:configs/smoke.py"])
+    assert "its get_config() takes no base: write get_config(base)" in line
 
 
 def test_shipped_configs_are_valid():

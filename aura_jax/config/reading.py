@@ -1,5 +1,6 @@
 """A configuration from a Python file, the command line, or a workdir."""
 
+import inspect
 import json
 import re
 import runpy
@@ -116,6 +117,8 @@ def read(path: str) -> Config:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
             raise UserError("has no get_config(): start from a file in configs/")
+        if colon and not inspect.signature(get_config).parameters:
+            raise UserError("its get_config() takes no base: write get_config(base), as configs/systems/bridge.py does")
         config = get_config(base) if colon else get_config()
         if not isinstance(config, ConfigDict):
             raise UserError("get_config() must change what aura_jax.config.default() returns, and return it")

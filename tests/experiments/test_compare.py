@@ -147,6 +147,41 @@ def test_equal_time_gives_each_the_steps_that_the_first_has_time_for(planned):
     stopped = planned("aura", "bridge", overrides=["--config.train.steps=8"])
     (shorter,) = plan.equal_time(stopped, {"systems": systems})
     assert config.total_steps(shorter.config) == 6
+    # Times that were taken anew, and differ by a little, leave a result as it is; by more, they do not.
+    more[0].output.parent.mkdir()
+    more[0].output.write_text(json.dumps(more[0].values("")))
+    for schedule, steps in ((830, 9), (1200, 6)):
+        again = plan.equal_time(jobs[:2], {"systems": systems | {"bridge": times(1, schedule, "none")}})
+        assert [config.total_steps(job.config) for job in again] == [steps]
+
+
+@pytest.mark.parametrize(
+    ("system", "change", "match"),
+    [
+        ("aura", "c.data.train = (('none.jsonl', 1.0),)", "none.jsonl"),
+        ("diva", "c.data.train = (('ROWS', 1.0),)", "rows.jsonl:1: no 'text', which an objective of this run reads"),
+        ("cascade", "c.update_from_flattened_dict(NO_WHISPER)", "names no Whisper"),
+        ("oracle", "c.eval.sets = {'rows': 'ROWS'}", "rows.jsonl:1: no 'text' for the oracle to read"),
+    ],
+)
+def test_what_a_system_lacks_is_said_before_anything_is_trained(system, change, match, tmp_path):
+    row = {"audio": "none.flac", "response": "Yes.", "seconds": 1}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    base = tmp_path / "base.py"
+    no_whisper = {"model.teacher": "", "embedder.from_teacher": False, "train.stages.joint.objectives.distill": 0.0}
+    change = change.replace("NO_WHISPER", str(no_whisper | {"train.schedule": ("joint",)}))
+    change = change.replace("ROWS", str(tmp_path / "rows.jsonl"))
+    base.write_text(
+        "from aura_jax.config import read\n\n\ndef get_config():\n    c = read('configs/smoke.py')\n"
+        f"    with c.ignore_type():\n        {change}\n    return c\n"
+    )
+    with pytest.raises(UserError, match=match):
+        plan.equal_steps([system], [0], tmp_path, tmp_path, str(base), [])
+
+
+def test_kd_on_answers_needs_them_before_anything_is_trained(planned):
+    with pytest.raises(UserError, match=r"train.jsonl:1: no 'response'.*`aura-jax data continue`"):
+        planned("bridge", overrides=["--config.train.stages.adapter.objectives.response_kd=1.0"])
 
 
 def test_a_summary_has_means_over_seeds_with_their_range():
@@ -173,6 +208,30 @@ def test_a_summary_has_means_over_seeds_with_their_range():
     assert rows[1] == ["oracle", "1", "40", "50.0", *["-"] * 6]
     assert table.text(found).splitlines()[1].startswith("aura  ")
     assert table.markdown(found).splitlines()[1] == "|---" + "|---:" * 9 + "|"
+
+
+def test_a_table_shows_what_its_sets_are_scored_by_and_intervals_are_those_that_were_measured():
+    asked = {"sets": {"questions": {"n": 9, "answered": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 9}}}, "step": 4}
+    reading = {"perplexity": {"value": 1.5, "low": 1.25, "high": 2.0}}
+    likelihood = {"questions": {"speech": reading, "divergence": {"value": 0.3, "low": 0.2, "high": 0.4}}}
+    one = result("aura", 0, 0.0) | {"scores": asked | {"likelihood": likelihood}}
+    found = summary.summarise([one], TIMING)
+    head, row = table.rows(found)
+    assert head[3] == "answered %, questions" and row[3] == "50.0"
+    of_likelihood = found["systems"]["aura"]["likelihood"]["questions"]
+    assert of_likelihood["perplexity"] == {"mean": 1.5, "low": 1.25, "high": 2.0, "runs": 1}
+    assert ">1.25<" in page.render(found)
+    text = {"loss": {"all": {"rise": 0.05}}, "questions": {"adapted": 7, "n": 10, "base": 8}}
+    one["scores"]["text"] = {"adapters": "request", **text}
+    html = page.render(summary.summarise([one], {**TIMING, "systems": {}}))
+    assert "questions.mean" in html and "questions.low" not in html  # nothing was measured that says how sure it is
+
+
+def test_nothing_to_train_is_nothing_to_time(planned, tmp_path):
+    assert timing._steps({}, {}, {}) is None
+    found = run._timed(planned("oracle"), tmp_path / "timing.json", "a command", {})
+    assert found["systems"] == {}
+    assert "oracle" in table.text(summary.summarise([result("oracle", 0, 0.5)], found))
 
 
 def test_what_takes_as_long_as_the_first_is_its_own_counterpart_in_equal_time():

@@ -12,6 +12,7 @@ import pytest
 from aura_jax import checkpoint, cli, config, sharding
 from aura_jax.audio.io import load_audio
 from aura_jax.data.manifest import load_manifest
+from aura_jax.experiments.compare import plan
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request
 from aura_jax.models import adapters, embedder, speech_llm
@@ -107,6 +108,10 @@ def test_the_example_of_new_system_md_trains_and_answers(tiny, tmp_path, monkeyp
     pool = types.ModuleType("configs.systems.pool")
     exec(of_config, vars(pool))
     monkeypatch.setitem(sys.modules, pool.__name__, pool)
+    written = tmp_path / "pool.py"
+    written.write_text(of_config)
+    (job,) = plan.equal_steps([str(written)], [0], tmp_path, tmp_path, "configs/smoke.py", [])
+    assert (job.system, job.config.embedder.kind) == ("pool", "pool")
     c = tiny("pool")
     assert c.embedder.kind == "pool"
     loop.train(c, tmp_path / "run")

@@ -35,7 +35,8 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env={**os.environ, **environment},
+                # Several hold models at once: jax would take three quarters of a GPU for the first.
+                env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, **environment},
                 text=True,
             )
 

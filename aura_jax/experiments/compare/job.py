@@ -65,7 +65,8 @@ def _measure_untrained(name: str, config: Config, workdir: Path) -> dict[str, An
             out["padding"] = found.values()
         answers = Cascade(whisper, plain)
     rows = {of: load_manifest(path) for of, path in config.eval.sets.items()}
-    kept = suite.kept_of(workdir, config, name, out)
+    # All of the config: no checkpoint says which models these are.
+    kept = suite.kept_of(workdir, config, name, [json.loads(config_lib.to_json(config)), out])
     classifier = training_classifier(rows, config)
     out["scores"] = {"sets": evaluate_rows(answers, rows, classifier, kept)[0], "eval": suite.settings(config)}
     if name != "oracle":  # which does not listen
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
         return loop.RESUME_EXIT_CODE
     out = Path(job["output"])
     result = {
-        **{key: job[key] for key in ("system", "seed", "budget", "command")},
+        **{key: job[key] for key in ("system", "seed", "budget", "factor", "command")},
         "machine": machine.describe(),
         "device": str(jax.devices()[0].device_kind),
         "peak_memory_gib": machine.peak_memory_gib(),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aura_jax import config as config_lib
+from aura_jax import machine
 from aura_jax.errors import UserError
 from aura_jax.experiments.compare import page, plan, table, timing
 from aura_jax.experiments.compare.plan import Job
@@ -92,7 +93,8 @@ def _timed(
         systems.setdefault(job.system, job.config)
     wanted = {name: json.loads(config_lib.to_json(c)) for name, c in systems.items() if name not in timing.UNTIMED}
     try:
-        found = json.loads(file.read_text()) if file.is_file() else {"systems": {}}
+        nothing = {"command": command, "machine": machine.describe(), "systems": {}}
+        found = json.loads(file.read_text()) if file.is_file() else nothing
         have = {name: _completed(of["config"], file) for name, of in found["systems"].items()}
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: no times of a comparison: delete it") from error

@@ -77,8 +77,8 @@ def _scores(results: Sequence[Result]) -> dict[str, Any]:
     if "likelihood" in scores[0]:
         out["likelihood"] = {
             name: {
-                "perplexity": _over(scores, lambda of, n=name: of["likelihood"][n]["speech"]["perplexity"]["value"]),
-                "divergence": _over(scores, lambda of, n=name: of["likelihood"][n]["divergence"]["value"]),
+                "perplexity": _over(scores, lambda of, n=name: of["likelihood"][n]["speech"]["perplexity"]),
+                "divergence": _over(scores, lambda of, n=name: of["likelihood"][n]["divergence"]),
             }
             for name in scores[0]["likelihood"]
         }
@@ -93,19 +93,25 @@ def _scores(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _metrics(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns of every set (or level of noise) its scores over the runs; of one run, with its bootstrap interval."""
+    """Returns of every set (or level of noise) its scores over the runs."""
     out = {}
     for name, scores in runs[0].items():
         out[name] = {"n": scores["n"]}
         for metric in COLUMNS:
             if metric in scores:
-                out[name][metric] = _over(runs, lambda run, n=name, m=metric: run[n][m]["value"])
-                if len(runs) == 1:
-                    out[name][metric] |= {edge: scores[metric][edge] for edge in ("low", "high")}
+                out[name][metric] = _over(runs, lambda run, n=name, m=metric: run[n][m])
     return out
 
 
-def _over(runs: Sequence[Any], value: Callable[[Any], float]) -> dict[str, float]:
-    """Returns the mean of a number over runs, its least and its greatest value."""
-    values = [value(run) for run in runs]
-    return {"mean": statistics.mean(values), "low": min(values), "high": max(values), "runs": len(values)}
+def _over(runs: Sequence[Any], of_run: Callable[[Any], Any]) -> dict[str, float]:
+    """Returns the mean of a number over runs, its least and its greatest value; of one run, the edges of its interval.
+
+    Args:
+      of_run: returns a run's number, or {"value", "low", "high"}; a number alone of one run is its own edge.
+    """
+    found = [of_run(run) for run in runs]
+    values = [one["value"] if isinstance(one, Mapping) else one for one in found]
+    low, high = min(values), max(values)
+    if len(found) == 1 and isinstance(found[0], Mapping):
+        low, high = found[0]["low"], found[0]["high"]
+    return {"mean": statistics.mean(values), "low": low, "high": high, "runs": len(values)}

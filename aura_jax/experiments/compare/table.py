@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from aura_jax.evaluate.score import COLUMNS
+
 _FIRST_TOKEN = ("2", "10")  # seconds of speech
 
 
@@ -13,7 +15,8 @@ def rows(summary: Mapping[str, Any], budget: str = "steps") -> list[list[str]]:
       summary: of `summary.summarise`.
       budget: "time" for what the systems learnt in equal time; those that have no such result are left out.
     """
-    head = ["system", "seeds", "steps", *(f"WER %, {name}" for name in summary["sets"])]
+    metrics = {name: _metric(summary, name) for name in summary["sets"]}
+    head = ["system", "seeds", "steps", *(f"{COLUMNS[metric][0]}, {name}" for name, metric in metrics.items())]
     head += [f"first token of {seconds} s, ms" for seconds in _FIRST_TOKEN]
     head += ["trained, M", "a schedule, min", "peak training, GiB", "peak answering, GiB"]
     out = [head]
@@ -23,7 +26,7 @@ def rows(summary: Mapping[str, Any], budget: str = "steps") -> list[list[str]]:
             continue
         timing = system.get("timing") or {}
         cells = [name, str(len(system["seeds"])), f"{of['steps']:,}" if of.get("steps") else "-"]
-        cells += [_spread(of["sets"][one].get("wer"), 100) for one in summary["sets"]]
+        cells += [_spread(of["sets"][one].get(metric), COLUMNS[metric][1]) for one, metric in metrics.items()]
         cells += [first_token(timing, seconds) for seconds in _FIRST_TOKEN]
         cells.append(f"{system['parameters']['trained'] / 1e6:.1f}" if "parameters" in system else "-")
         minutes = timing.get("schedule_seconds")
@@ -34,6 +37,11 @@ def rows(summary: Mapping[str, Any], budget: str = "steps") -> list[list[str]]:
         cells += [f"{memory[what]:.1f}" if memory.get(what) else "-" for what in ("steps", "answers")]
         out.append(cells)
     return out
+
+
+def _metric(summary: Mapping[str, Any], of_set: str) -> str:
+    """Returns the first of the scores that a set has: of transcripts the word error rate."""
+    return next(key for key in COLUMNS if any(key in system["sets"][of_set] for system in summary["systems"].values()))
 
 
 def text(summary: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -24,6 +24,8 @@ from aura_jax.experiments.compare.plan import UNTRAINED
 LENGTHS = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds of speech
 UNTIMED = ("oracle",)  # reads
 _ANSWERS, _STEPS, _BATCHES = 7, 5, 4  # rounds; batches of a stage, the same rows for all
+
+_Arm = TypeVar("_Arm")
 
 
 def measure(
@@ -81,7 +83,7 @@ def _first_tokens(
     # The first round compiles. Who goes first changes from round to round.
     for turn in tqdm(range(1 + _ANSWERS), desc="first tokens", unit="round"):
         for length in lengths:
-            for name, adapters in (*arms[turn % len(arms) :], *arms[: turn % len(arms)]):
+            for name, adapters in _turned(arms, turn):
                 took = workers[name].ask("answer", adapters=adapters, length=length)["seconds"]
                 if turn:
                     seconds[name, adapters, length].append(took)
@@ -104,7 +106,7 @@ def _steps(workers: Mapping[str, Worker], systems: Mapping[str, Config], out: di
     seconds: dict[tuple[str, str], list[list[float]]] = {arm: [[] for _ in range(_BATCHES)] for arm in arms}
     for turn in tqdm(range(1 + _STEPS), desc="steps", unit="round"):
         for batch in range(_BATCHES):
-            for name, stage in (*arms[turn % len(arms) :], *arms[: turn % len(arms)]):
+            for name, stage in _turned(arms, turn):
                 took = workers[name].ask("step", stage=stage, batch=batch)["seconds"]
                 if turn:
                     seconds[name, stage][batch].append(took)
@@ -118,6 +120,12 @@ def _steps(workers: Mapping[str, Worker], systems: Mapping[str, Config], out: di
         out[name]["steps"] = steps
         out[name]["schedule_seconds"] = sum(of["seconds"] * of["n"] for of in steps.values())
         out[name]["peak_memory_gib"]["steps"] = _gib(worker)
+
+
+def _turned(arms: Sequence[_Arm], turn: int) -> Sequence[_Arm]:
+    """Returns the arms, beginning with another one each turn."""
+    first = turn % max(1, len(arms))
+    return [*arms[first:], *arms[:first]]
 
 
 def _gib(worker: Worker) -> float | None:
