@@ -60,14 +60,14 @@ def load_audio(source: str | Path | bytes | BinaryIO, *, max_seconds: float | No
         rate = file.samplerate
         if _known_length(file) and file.frames > max_seconds * rate:
             raise _too_long(name, file.frames / rate, max_seconds, at_least="")
-        return _waveform(_channel(file, name, max_seconds), rate, name)
+        return _waveform(_channel(file, name, max_seconds), Blocks(rate, name=name))
 
 
 def from_samples(samples_S: np.ndarray, rate: float, *, name: str = "audio") -> np.ndarray:
     """Turns decoded samples into a waveform at 16 kHz, resampled with soxr's "HQ" filter.
 
     Args:
-      samples_S: any float [S], nominally in [-1, 1].
+      samples_S: any float [S], nominally in [-1, 1]; up to `LONGEST_SECONDS`.
       rate: their sample rate in Hz.
       name: what an error calls them.
 
@@ -75,9 +75,12 @@ def from_samples(samples_S: np.ndarray, rate: float, *, name: str = "audio") -> 
       waveform_S: float32 [S], S >= 1.
 
     Raises:
-      AudioError: they are not one channel of floats, none, NaN or infinite, or the rate is none of audio.
+      AudioError: they are not one channel of floats, none, NaN or infinite, too many, or the rate is none of audio.
     """
-    return _waveform([samples_S], rate, name)
+    blocks = Blocks(rate, name=name)
+    if samples_S.ndim == 1 and len(samples_S) > LONGEST_SECONDS * rate:
+        raise _too_long(name, len(samples_S) / rate, LONGEST_SECONDS, at_least="")
+    return _waveform([samples_S], blocks)
 
 
 def _channel(file: soundfile.SoundFile, name: str, max_seconds: float) -> Iterator[np.ndarray]:
@@ -96,6 +99,7 @@ class Blocks:
     """Turns blocks of decoded samples into blocks at 16 kHz as they come, resampled with soxr's "HQ" filter.
 
     Attributes:
+      name: what an error calls them.
       n_samples: given so far, at their own rate.
     """
 
@@ -103,15 +107,15 @@ class Blocks:
         """
         Args:
           rate: sample rate in Hz.
-          name: what an error calls them.
+          name: as of the attribute.
 
         Raises:
           AudioError: the rate is none of audio.
         """
-        if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
-            raise AudioError(f"{name}: sample rate {rate} Hz: give that of the samples")
+        if not isinstance(rate, (int, float, np.number)) or not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+            raise AudioError(f"{name}: sample rate {rate!r} Hz: give that of the samples, a number")
         self.n_samples = 0
-        self._rate, self._name = rate, name
+        self._rate, self.name = rate, name
         self._resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, quality="HQ")
 
     def push(self, samples_S: np.ndarray) -> np.ndarray:
@@ -125,7 +129,7 @@ class Blocks:
         """
         if samples_S.ndim != 1 or not np.issubdtype(samples_S.dtype, np.floating):
             what = f"samples {samples_S.dtype}{list(samples_S.shape)}"
-            raise AudioError(f"{self._name}: {what}: give one channel of floats, from -1 to 1")
+            raise AudioError(f"{self.name}: {what}: give one channel of floats, from -1 to 1")
         with np.errstate(over="ignore"):  # of float64: infinite then, and refused
             samples_S = np.ascontiguousarray(samples_S, dtype=np.float32)
         sound_S = np.abs(samples_S) <= _LOUDEST
@@ -133,7 +137,7 @@ class Blocks:
             first = int(np.argmin(sound_S))
             what = f"samples of {samples_S[first]:.3g}" if np.isfinite(samples_S[first]) else "NaN or infinite samples"
             where = f"{(self.n_samples + first) / self._rate:.3f} s"
-            raise AudioError(f"{self._name}: {what}, the first at {where}: export the clip again")
+            raise AudioError(f"{self.name}: {what}, the first at {where}: export the clip again")
         self.n_samples += len(samples_S)
         return samples_S if self._resampler is None else self._resampler.resample_chunk(samples_S)
 
@@ -144,15 +148,14 @@ class Blocks:
         return self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _waveform(parts: Iterable[np.ndarray], rate: float, name: str) -> np.ndarray:
+def _waveform(parts: Iterable[np.ndarray], blocks: Blocks) -> np.ndarray:
     """Checks blocks of samples as they come, and joins them at 16 kHz."""
-    blocks = Blocks(rate, name=name)
     resampled = [blocks.push(samples_S) for samples_S in parts]
     if not blocks.n_samples:
-        raise _no_samples(name)
+        raise _no_samples(blocks.name)
     waveform_S = np.concatenate([*resampled, blocks.end()])
     if not len(waveform_S):
-        raise AudioError(f"{name}: too short for one sample at {SAMPLE_RATE} Hz: record it again")
+        raise AudioError(f"{blocks.name}: too short for one sample at {SAMPLE_RATE} Hz: record it again")
     return waveform_S
 
 
@@ -274,7 +277,8 @@ def _known_length(file: soundfile.SoundFile) -> bool:
 def _too_long(name: str, seconds: float, max_seconds: float, *, at_least: str) -> AudioError:
     # Rounded up, so that the length never reads as if it were within the limit.
     shown = f"{at_least}{math.ceil(seconds * 100) / 100:g} s"
-    return AudioError(f"{name}: {shown}, over the limit of {max_seconds:g} s: split the clip or raise max_seconds")
+    mend = "split the clip" if max_seconds == LONGEST_SECONDS else "split the clip or raise max_seconds"
+    return AudioError(f"{name}: {shown}, over the limit of {max_seconds:g} s: {mend}")
 
 
 def _no_samples(name: str) -> AudioError:

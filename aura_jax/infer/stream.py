@@ -28,7 +28,7 @@ from aura_jax.config import Config
 from aura_jax.errors import UserError
 from aura_jax.infer.answer_text import AnswerText, checked_stop
 from aura_jax.infer.generate import Answers, Generator, Prompted, Reply, first_tokens, told
-from aura_jax.infer.prompting import padded_length
+from aura_jax.infer.prompting import check_turns, padded_length
 from aura_jax.infer.reading import AT_AUDIO, Program
 from aura_jax.infer.sampling import GREEDY, Choice, Sampling
 from aura_jax.models.embedder import FRAMES_AHEAD
@@ -42,7 +42,11 @@ _HALF_WINDOW = features.N_FFT // 2
 
 def check_streams(c: Config) -> None:
     """Raises UserError for a model that has to know the end of a clip before it hears its beginning."""
-    mend = "train configs/quickstart_streaming.py, or your own config with its two changes"
+    kinds = " or ".join(map(repr, sorted(FRAMES_AHEAD)))
+    mend = (
+        "train configs/quickstart_streaming.py, or your own config with model.normalisation 'streaming', model.mask "
+        f"'causal' or 'block', and embedder.kind {kinds}"
+    )
     if c.embedder.kind not in FRAMES_AHEAD:
         raise UserError(f"embedder.kind {c.embedder.kind!r} keeps an encoder, which hears whole clips only: {mend}")
     if c.model.mask == "bidirectional":
@@ -133,7 +137,9 @@ class Session:
             raise UserError("the history of a session is text: give what was said in a turn as its content")
         self._generator, self._sampling, self._stop = generator, sampling, checked_stop(stop)
         self._blocks, self._rate = Blocks(rate), rate
-        texts = system.chat.encode(c.data.prompt if prompt is None else prompt, True, history)
+        turns = [*history, {"role": "user", "content": c.data.prompt if prompt is None else prompt, "audio": True}]
+        check_turns(turns)
+        texts = system.chat.around(turns)
         self._prefix_T, self._suffix_T = (np.asarray(ids, np.int32) for ids in texts)
 
         self._frames = 2 * config.embedder.frames_per_token  # of the log-mel, a token
@@ -168,18 +174,14 @@ class Session:
             end of speech.
         """
         self._check_open()
+        samples_S = np.atleast_1d(np.asarray(samples_S))
         seconds = (self._blocks.n_samples + len(samples_S)) / self._rate
         if seconds > self._max_seconds:
             raise AudioError(
                 f"{seconds:.2f} s of speech, and this session has room for {self._max_seconds:g} s: finish it, or open "
                 "the next with a larger max_seconds"
             )
-        self._add(self._blocks.push(samples_S))
-        while (self._n_read + self._n_piece) * self._token + self._ahead <= self.n_samples:
-            self._read(
-                _read_speech, self._piece(self._n_piece, n_audio=self._n_read + self._n_piece), self._n_audio_most
-            )
-            self._n_read += self._n_piece
+        self._hear(self._blocks.push(samples_S))
 
     def wait(self) -> None:
         """Waits until what was pushed has been read."""
@@ -206,9 +208,11 @@ class Session:
 
     def _end(self, every: int) -> Iterator[list[AnswerText]]:
         self._check_open()
-        self._add(self._blocks.end())
-        if not self.n_samples:
+        if not self._blocks.n_samples:
             raise UserError("nothing was said: push samples before the end of speech")
+        self._hear(self._blocks.end())  # of a low rate, the filter may have held more than a piece
+        if not self.n_samples:
+            raise UserError("what was said is too short for a sample at 16 kHz: open a session, and push more")
         generator, program = self._generator, self._program
         n_audio = -(-self.n_samples // self._token)
         # Of a token whose own samples are there, those that the embedder looks ahead to may not have been: one more.
@@ -232,10 +236,15 @@ class Session:
     def _read(self, program: Any, *arguments: Any) -> None:
         self._cache, self._heard = program(self._variables, self._cache, self._heard, self._program, *arguments)
 
-    def _add(self, waveform_S: np.ndarray) -> None:
+    def _hear(self, waveform_S: np.ndarray) -> None:
+        """Reads the pieces that are complete with these samples."""
         start = _HALF_WINDOW + self.n_samples
         self._samples_S[start : start + len(waveform_S)] = waveform_S
         self.n_samples += len(waveform_S)
+        while (self._n_read + self._n_piece) * self._token + self._ahead <= self.n_samples:
+            piece = self._piece(self._n_piece, n_audio=self._n_read + self._n_piece)
+            self._read(_read_speech, piece, self._n_audio_most)
+            self._n_read += self._n_piece
 
     def _piece(self, n_tokens: int, n_audio: int) -> _Piece:
         """Returns the piece that comes next, in a window for up to `n_tokens` of it.

@@ -50,8 +50,11 @@ def heard(generator: Generator, waveform: np.ndarray, portions, **arguments) -> 
 
 
 def assert_equals_the_whole(generator: Generator, waveform: np.ndarray, portions, **arguments) -> None:
+    """`waveform` is at the session's rate."""
     session = heard(generator, waveform, portions, **arguments)
     reply = session.reply()
+    waveform = from_samples(waveform, arguments.get("rate", 16000))
+    assert session.n_samples == len(waveform)
     request = Request(waveform, arguments.get("prompt"), arguments.get("history", ()))
     expected = generator.prompt_logits(request)[-1]
     np.testing.assert_allclose(session.logits_V, expected, atol=2e-5 * np.abs(expected).max())
@@ -90,11 +93,14 @@ def test_every_mask_scope_and_embedder(tiny_config, random_variables, mask, scop
         assert_equals_the_whole(generator, SPEECH[:n_samples], [1000, 5, 12000])
 
 
-def test_other_sample_rates(generator):
-    waveform = from_samples(SPEECH[:30000].astype(np.float64), 44100)
-    session = heard(generator, SPEECH[:30000].astype(np.float64), [441], rate=44100)
-    assert session.reply().tokens == generator.generate([Request(waveform)])[0].tokens
-    assert session.n_samples == len(waveform)
+@pytest.mark.parametrize(
+    ("rate", "lengths"),
+    [(1000, (500, 1111, 2345)), (8000, (8356, 8300, 20000)), (44100, (300, 30000)), (96000, (46357,))],
+)
+def test_other_sample_rates(generator, rate, lengths):
+    """A resampler holds samples back, at low rates those of several pieces."""
+    for n_samples in lengths:
+        assert_equals_the_whole(generator, SPEECH[-n_samples:].astype(np.float64), [441], rate=rate)
 
 
 def test_the_answer_is_streamed(generator):
@@ -139,10 +145,15 @@ def test_mistakes_in_one_line(generator):
     session = Session(generator)
     with pytest.raises(UserError, match="every 0: at least 1 token"):
         session.finish(every=0)
-    with pytest.raises(UserError, match="nothing was said"):
-        session.finish()
-    session.push(SPEECH[:1])
-    session.reply()
+    for other in (Session(generator, rate=8000), session):
+        with pytest.raises(UserError, match="nothing was said"):
+            other.finish()
+        other.push([0.5])  # which it can still be told after
+        other.reply()
+    with pytest.raises(UserError, match="too short for a sample at 16 kHz"):
+        brief = Session(generator, rate=48000)
+        brief.push(SPEECH[:1])
+        brief.reply()
     for use in (session.finish, session.reply, lambda: session.push(SPEECH)):
         with pytest.raises(UserError, match="this turn has ended: open a session for the next"):
             use()
