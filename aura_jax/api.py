@@ -24,7 +24,8 @@ from aura_jax.infer import generate as generate_lib
 from aura_jax.infer.answer_text import checked_stop
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request, tokenise
-from aura_jax.infer.sampling import Sampling
+from aura_jax.infer.reading import Weights
+from aura_jax.infer.sampling import MAX_SEED, Sampling
 from aura_jax.infer.stream import Session
 from aura_jax.models.lora import float_dtype, merge
 from aura_jax.system import System
@@ -45,7 +46,7 @@ class Options(TypedDict, total=False):
       temperature, top_p, repetition_penalty, seed: as of `infer.sampling.Sampling`; without any, greedy.
     """
 
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     temperature: float
     top_p: float
     repetition_penalty: float
@@ -135,6 +136,8 @@ class Model:
                 raise UserError(f"{name}={value!r}: {nearest(str(value), valid)}")
         self.system, self.variables = _read(Path(path), which, dtype, overrides)
         lora = self.system.model.config.lora
+        if adapters == "merged" and lora is None:
+            raise UserError("adapters='merged': this model has none: leave it out")
         if adapters == "merged" and lora is not None and "lora" in self.variables:
             if self.system.model.param_dtype == jnp.int8:
                 raise UserError("adapters='merged': int8 weights cannot take what LoRA learned: add dtype='bfloat16'")
@@ -146,6 +149,7 @@ class Model:
         if encoder is not None:
             self.longest_seconds = min(self.longest_seconds, encoder.n_positions / features.ENCODER_RATE)
         self._n_positions = hf.text_config(self.system.llm_dir).get("max_position_embeddings")
+        self._weights = Weights(self.system.model, self.variables)
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self._generators: dict[tuple[int | None, bool | None], Generator] = {}
         self._generator(None, None)  # refuses what cannot be answered with
@@ -205,7 +209,11 @@ class Model:
         generator = self._generator(max_new_tokens, adapters)
         clips = audio if isinstance(audio, list) else [audio]
         cut = [self._pieces(clip, split, i if isinstance(audio, list) else None) for i, clip in enumerate(clips)]
-        requests = [Request(piece, prompt) for pieces in cut for piece, _, _ in pieces]
+        requests = [
+            Request(piece, prompt, number=_number(i, j))
+            for i, of in enumerate(cut)
+            for j, (piece, _, _) in enumerate(of)
+        ]
         self._check(generator, requests, adapters)
         found = iter(generator.generate(requests, **how))
         replies = [_joined(pieces, [next(found) for _ in pieces]) for pieces in cut]
@@ -237,7 +245,8 @@ class Model:
             raise UserError("a stream is of one answer: give one clip, or ask generate for a list of them")
         how = _how(**options)
         generator = self._generator(max_new_tokens, adapters)
-        requests = [Request(piece, prompt, number=i) for i, (piece, _, _) in enumerate(self._pieces(audio, split))]
+        pieces = self._pieces(audio, split)
+        requests = [Request(piece, prompt, number=_number(0, i)) for i, (piece, _, _) in enumerate(pieces)]
         self._check(generator, requests, adapters)
         return _in_turn([generator.stream(r, **how, every=every) for r in requests])
 
@@ -289,7 +298,7 @@ class Model:
                 raise UserError("adapters=True: this model has none: leave it out")
             self._generators[key] = Generator(
                 self.system,
-                self.variables,
+                self._weights,
                 batch_size=self._batch_size,
                 max_new_tokens=key[0],
                 adapters_on_text=adapters,
@@ -472,15 +481,22 @@ def _waveform(clip: Any, name: str) -> np.ndarray:
     """Returns a clip as a waveform; `name` is what an error calls samples."""
     if isinstance(clip, (str, Path, bytes)) or hasattr(clip, "read"):
         return load_audio(clip)
-    if isinstance(clip, tuple) and len(clip) == 2:
+    if isinstance(clip, tuple) and len(clip) == 2 and not isinstance(clip[1], (str, Path, bytes)):
         samples, rate = clip
         return from_samples(np.asarray(samples), rate, name=name)
-    raise AudioError(f"{name}: {type(clip).__name__}: give a path, bytes, a binary stream, or (samples, rate)")
+    what = type(clip).__name__
+    raise AudioError(f"{name}: {what}: give a path, bytes, a binary stream, or (samples, rate); of several, a list")
 
 
-def _how(stop: str | Sequence[str] = (), **sampling: Any) -> dict[str, Any]:
+def _number(clip: int, piece: int) -> int:
+    """Returns what a piece is drawn by: the place of its clip, whatever the clips before it were cut into."""
+    return (clip + 65536 * piece) % (MAX_SEED + 1)
+
+
+def _how(stop: str | Sequence[str] | None = None, **sampling: Any) -> dict[str, Any]:
     """Returns what `Generator.generate` takes beside requests."""
-    return {"sampling": Sampling(**sampling), "stop": checked_stop([stop] if isinstance(stop, str) else stop)}
+    strings = [stop] if isinstance(stop, str) else stop or ()
+    return {"sampling": Sampling(**sampling), "stop": checked_stop(strings)}
 
 
 def _joined(pieces: Sequence[tuple[np.ndarray | None, float, float]], found: Sequence[generate_lib.Reply]) -> Reply:

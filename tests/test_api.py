@@ -1,5 +1,6 @@
 """`aura_jax.load`: runs and exports, clips of every kind, long ones, conversations, and what it refuses."""
 
+import dataclasses
 import io
 import json
 import re
@@ -15,7 +16,7 @@ import pytest
 import soundfile
 
 import aura_jax
-from aura_jax import cli
+from aura_jax import api, cli
 from aura_jax import system as system_lib
 from aura_jax.api import Model
 from aura_jax.convert import random_models
@@ -148,10 +149,23 @@ def test_a_long_recording_is_answered_in_pieces(model, monkeypatch):
     cut = round(ends[0] * 16000)
     assert [r.text for r in model.generate([(long[:cut], 16000), (long[cut:], 16000)])] == list(texts)
     assert "".join(model.stream((long, 16000))) == reply.text
+    # What a clip draws does not depend on what the one before it was cut into.
+    drawn = {"temperature": 2.0, "seed": np.int64(3), "stop": None}
+    after_long, after_short = (model.generate([(first, 16000), (CLIP, 16000)], **drawn)[1] for first in (long, CLIP))
+    assert after_long.tokens == after_short.tokens
     with pytest.raises(UserError, match=r"audio: 1.8 s, and this model takes at most 1 s at once: cut it"):
         model.generate((long, 16000), split=False)
     with pytest.raises(UserError, match="takes at most 1 s"):
         model.chat().say(audio=(long, 16000))
+
+
+def test_answers_of_all_lengths_share_weights(model):
+    model._weights.__dict__.pop("apart", None)
+    held = []
+    for n in (2, 3):
+        model.generate((CLIP, 16000), max_new_tokens=n)
+        held.append(model._weights.__dict__["apart"])
+    assert held[0] is held[1]
 
 
 def test_an_encoder_s_window_bounds_a_clip(tiny_config, random_variables, write_workdir, tmp_path):
@@ -212,7 +226,13 @@ def test_a_stream_is_the_answer(model, answer):
         ((CLIP, 16000), {"adapters": False}, "adapters=False is for text"),
         ((CLIP, 16000), {"temperature": -1.0}, "temperature -1.0: give 0"),
         ((CLIP, 16000), {"top_p": 0.5}, "temperature 0 draws nothing"),
-        ((CLIP, 16000), {"max_new_tokens": 0}, "0 new tokens: must be at least 1"),
+        ((CLIP, 16000), {"max_new_tokens": 0}, "0 new tokens: give a whole number from 1 on"),
+        ((CLIP, 16000), {"max_new_tokens": 2.5}, "2.5 new tokens: give a whole number"),
+        ((CLIP, "16000"), {}, r"audio: tuple: give a path, .*; of several, a list"),
+        (("a.wav", "b.wav"), {}, r"audio: tuple: give a path, .*; of several, a list"),
+        ((CLIP, None), {}, "audio: sample rate None Hz"),
+        ([(CLIP, 16000)], {"prompt": ["Why?"]}, "a turn's text is one string, not list: give one prompt for all clips"),
+        (None, {"prompt": "why \udcff"}, r"a turn's text is not Unicode, 'why \\udcff': write it in UTF-8"),
         (None, {"prompt": "why " * 2100}, r"tokens to read and max_new_tokens 8 are more than the 2048 positions"),
     ],
 )
@@ -236,6 +256,15 @@ def test_mistakes_are_one_line(model, audio, how, match):
 def test_mistakes_of_loading(tiny_workdir, how, match):
     with pytest.raises(UserError, match=match):
         Model(tiny_workdir, **how)
+
+
+def test_a_model_without_adapters_merges_none(tiny_workdir, tiny_loaded, monkeypatch):
+    built, variables = tiny_loaded
+    plain = built.model.clone(config=dataclasses.replace(built.model.config, lora=None))
+    read = dataclasses.replace(built, model=plain), {"params": variables["params"]}
+    monkeypatch.setattr(api, "_read", lambda *_: read)
+    with pytest.raises(UserError, match="adapters='merged': this model has none: leave it out"):
+        Model(tiny_workdir, adapters="merged")
 
 
 def test_folders_that_hold_no_model(tiny_workdir, tiny_llm_dir, exported, tmp_path):

@@ -148,6 +148,15 @@ def test_generate(tiny_workdir, clip, capsys):
     assert first["text"] == second["text"] and first["n_tokens"] <= 8
 
 
+def test_generate_says_that_an_answer_is_in_pieces(tiny_workdir, clip, tmp_path, capsys):
+    samples, rate = soundfile.read(clip)
+    long = tmp_path / "long.wav"
+    soundfile.write(long, np.tile(samples, 3 + round(30 * rate / len(samples))), rate)
+    assert cli.main(["generate", "--workdir", str(tiny_workdir), "--audio", str(long), str(clip)]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "hears at once" in line]
+    assert line.startswith(f"{long}: ") and line.endswith("it is cut in its pauses, and answered in pieces")
+
+
 @pytest.mark.slow
 def test_generate_from_text(tiny_workdir, capsys, monkeypatch):
     argv = ["generate", "--workdir", str(tiny_workdir), "--prompt", "Hello", "--max-new-tokens", "3"]

@@ -27,7 +27,7 @@ from aura_jax.config import Config
 from aura_jax.errors import UserError
 from aura_jax.infer.answer_text import AnswerText, checked_stop
 from aura_jax.infer.prompting import Inputs, Prompt, Request, lay_out, tokenise
-from aura_jax.infer.reading import AT_AUDIO, OFF, Program, Reader, read
+from aura_jax.infer.reading import AT_AUDIO, OFF, Program, Reader, Weights, read
 from aura_jax.infer.sampling import GREEDY, Choice, Sampling, next_token
 from aura_jax.models.llm import Cache, Context
 from aura_jax.system import System
@@ -97,7 +97,7 @@ class Generator(Reader):
     def __init__(
         self,
         system: System,
-        variables: Mapping[str, Any],
+        variables: Mapping[str, Any] | Weights,
         *,
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
@@ -114,8 +114,8 @@ class Generator(Reader):
         super().__init__(system, variables, batch_size=batch_size, adapters_on_text=adapters_on_text)
         self.shapes: set[tuple[str, int, int, int]] = set()
         self.max_new_tokens = system.config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if self.max_new_tokens < 1:
-            raise UserError(f"{self.max_new_tokens} new tokens: must be at least 1")
+        if not isinstance(self.max_new_tokens, (int, np.integer)) or self.max_new_tokens < 1:
+            raise UserError(f"{self.max_new_tokens} new tokens: give a whole number from 1 on")
 
     def generate(
         self,

@@ -117,21 +117,33 @@ def tokenise(system: System, index: int, request: Request) -> Prompt:
     contents = [turn.get("content") for turn in turns]
     if not is_audio[-1] and not contents[-1]:
         raise UserError("nothing to answer: a request needs audio or a prompt")
-    if any(content is None and not audio for content, audio in zip(contents, is_audio, strict=True)):
-        raise UserError("an earlier turn has neither audio nor content: give it one of them")
-    prompt = system.config.data.prompt
-    texts = system.chat.around(
-        [
-            {**turn, "content": prompt if content is None else content, "audio": audio}
-            for turn, content, audio in zip(turns, contents, is_audio, strict=True)
-        ]
-    )
+    trained = system.config.data.prompt
+    turns = [
+        {**turn, "content": trained if content is None and audio else content, "audio": audio}
+        for turn, content, audio in zip(turns, contents, is_audio, strict=True)
+    ]
+    check_turns(turns)
+    texts = system.chat.around(turns)
     if request.transcript is not None:
         *texts, before, after = texts
         texts = [*texts, (*before, *system.chat.text(request.transcript), *after)]
     longest = max(map(len, clips), default=0)
     n_bucket = _sample_bucket(longest, system.config.data.buckets or BUCKETS) if clips else 0
     return Prompt(index, number, texts, clips, n_bucket)
+
+
+def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError for a turn, {"role", "content"}, that no chat template can write down."""
+    for turn in turns:
+        content = turn.get("content")
+        if content is None:
+            raise UserError("an earlier turn has neither audio nor content: give it one of them")
+        if not isinstance(content, str):
+            raise UserError(f"a turn's text is one string, not {type(content).__name__}: give one prompt for all clips")
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"a turn's text is not Unicode, {content[:40]!r}: write it in UTF-8") from None
 
 
 def _clip(turn: Mapping[str, Any], config: Config) -> np.ndarray:

@@ -50,6 +50,29 @@ class Program:
         return {name: variables[name] for name in names if name in variables}
 
 
+class Weights:
+    """A model's variables as passes read them. What is made of them is made once, for all that read with it.
+
+    Attributes:
+      variables: `params` and `lora`.
+    """
+
+    def __init__(self, model: Any, variables: Mapping[str, Any]):
+        # Cast once, and not in front of every piece of an answer.
+        lora = {"lora": as_computed(variables["lora"], model.dtype)} if "lora" in variables else {}
+        self.variables: Mapping[str, Any] = {**variables, **lora}
+        self._multiplied = jnp.dtype(model.matmul_dtype or model.dtype)
+
+    @functools.cached_property
+    def apart(self) -> Mapping[str, Any]:
+        """The variables with the LLM's blocks apart, and their kernels in the dtype that they are multiplied in."""
+        params = self.variables["params"]
+        read = {"params": {**params, "llm": as_multiplied(params["llm"], self._multiplied)}}
+        if "lora" in self.variables:
+            read["lora"] = self.variables["lora"]
+        return {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in read.items()}
+
+
 class Reader:
     """Reads requests with a speech LLM.
 
@@ -64,7 +87,7 @@ class Reader:
     def __init__(
         self,
         system: System,
-        variables: Mapping[str, Any],
+        variables: Mapping[str, Any] | Weights,
         *,
         batch_size: int | None = None,
         adapters_on_text: bool | None = None,
@@ -72,7 +95,7 @@ class Reader:
         """
         Args:
           system: from `system.build`.
-          variables: `params` and `lora`; after a merge `params` alone.
+          variables: `params` and `lora`; after a merge `params` alone. `Weights` are shared by several readers.
           batch_size: most rows read together; None: `eval.batch_size`.
           adapters_on_text: adapters in requests without audio: True as after a merge, or in a text turn after a spoken
             one; False for the base LLM; None: as `lora.scope` says.
@@ -88,25 +111,22 @@ class Reader:
         # The splash kernel reads queries by the hundred, and a step of decoding has one.
         model: Any = system.model
         self._model = model.clone(attention_impl="xla") if model.attention_impl == "splash" else model
-        self.variables = variables
+        self._weights = variables if isinstance(variables, Weights) else Weights(model, variables)
         self.batch_size = system.config.eval.batch_size if batch_size is None else batch_size
         if self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size}: must be at least 1")
         self._text_lora = EVERYWHERE if on_text else OFF
         self._speech_lora = AT_AUDIO if scope == "audio" else EVERYWHERE
-        self._mesh = _mesh_of(variables)
+        self._mesh = _mesh_of(self.variables)
         self._row_multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
 
     @property
     def variables(self) -> Mapping[str, Any]:
-        return self._variables
+        return self._weights.variables
 
     @variables.setter
     def variables(self, variables: Mapping[str, Any]) -> None:
-        # Once, and not in front of every piece of an answer.
-        lora = {"lora": as_computed(variables["lora"], self._model.dtype)} if "lora" in variables else {}
-        self._variables = {**variables, **lora}
-        self._apart: dict[str, Any] | None = None  # they for a single row on a CPU
+        self._weights = Weights(self._model, variables)
 
     def held(self, program: Program, n_rows: int) -> tuple[Mapping[str, Any], Program]:
         """Returns the variables that a pass over so many rows reads, and its program.
@@ -120,13 +140,7 @@ class Reader:
         is_wide = jnp.dtype(self._model.param_dtype).itemsize >= jnp.dtype(multiplied).itemsize
         if jax.default_backend() != "cpu" or self._mesh is not None or n_rows > 1 or not is_wide:
             return self.variables, program
-        if self._apart is None:
-            params = self.variables["params"]
-            read = {"params": {**params, "llm": as_multiplied(params["llm"], multiplied)}}
-            if "lora" in self.variables:
-                read["lora"] = self.variables["lora"]
-            self._apart = {name: {**tree, "llm": blocks_apart(tree["llm"])} for name, tree in read.items()}
-        return self._apart, dataclasses.replace(program, model=program.model.clone(apart=True))
+        return self._weights.apart, dataclasses.replace(program, model=program.model.clone(apart=True))
 
     def prompt_logits(self, request: Request) -> np.ndarray:
         """Returns the logits [T, V], float32, at every token of the request's prompt, audio tokens included.

@@ -49,7 +49,7 @@ class Sampling:
             raise UserError(f"top_p {self.top_p}: give a share above 0 and up to 1")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise UserError(f"repetition_penalty {self.repetition_penalty}: give 0.01 to 100 (1 is none)")
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
+        if not isinstance(self.seed, (int, np.integer)) or not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed {self.seed}: give a whole number from 0 to {MAX_SEED}")
         if self.temperature == 0 and (self.top_p != 1 or self.seed != 0):
             name, value = ("top_p", self.top_p) if self.top_p != 1 else ("seed", self.seed)

@@ -45,6 +45,10 @@ def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         max_new_tokens=args.max_new_tokens,
         overrides=overrides,
     )
+    for file, (waveform_S, _) in zip(args.audio, clips, strict=True):
+        if (seconds := len(waveform_S) / SAMPLE_RATE) > model.longest_seconds:
+            most = f"more than the {model.longest_seconds:g} s that the model hears at once"
+            print(f"{file}: {seconds:.1f} s, {most}: it is cut in its pauses, and answered in pieces", file=sys.stderr)
     if len(clips) <= 1 and not args.json and sys.stdout.isatty():
         for part in model.stream(clips[0] if clips else None, args.prompt, **how):
             print(part, end="", flush=True)
