@@ -7,7 +7,9 @@ the first token, and a clip in real time. Writes results/streaming.json and docs
 
 import argparse
 import dataclasses
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +53,7 @@ def main() -> None:
         "params": {**variables["params"], "llm": merge(variables["params"]["llm"], variables["lora"]["llm"], lora)}
     }
     results = {
-        "command": f"python benchmarks/streaming.py --runs runs/streaming --seeds {' '.join(map(str, args.seeds))}",
+        "command": shlex.join(["python", "benchmarks/streaming.py", *sys.argv[1:]]),
         "runs": runs,
         "same_answers": same_answers(built, variables),
         **times(built, variables),
