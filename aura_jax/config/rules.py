@@ -23,6 +23,8 @@ _ONE_OF = {
     "model.attention": ("xla", "cudnn", "splash"),
     "model.normalisation": ("whisper", "streaming"),
     "teacher.window": ("unpadded", "30s"),
+    "lora.scope": ("all", "request", "audio"),
+    "distill.layer_map": ("stride", "identity", "last", "list"),
     "distill.loss": ("cosine", "mse", "nmse", "smooth_l1"),
     "distill.head": ("own", "shared"),
     "distill.target_norm": ("standardise", "layernorm", "none"),
@@ -117,7 +119,7 @@ def _check_keys(config: Config, expected: Config, where: str) -> None:
 
 
 def _validate_lora(c: Config) -> None:
-    if c.lora.alpha <= 0:
+    if not c.lora.alpha > 0:
         raise UserError(f"lora.alpha must be above 0, not {c.lora.alpha}")
     if not 0 < c.lora.text_energy <= 1:
         raise UserError(f"lora.text_energy is a share above 0 and up to 1, not {c.lora.text_energy}")
@@ -136,7 +138,7 @@ def _validate_audio_path(c: Config) -> None:
     if c.embedder.hidden and c.embedder.kind not in _WITH_HIDDEN:
         kinds = " and ".join(_WITH_HIDDEN)
         raise UserError(f"embedder.hidden is for {kinds}: embedder.kind {c.embedder.kind!r} has none")
-    if c.kd.temperature <= 0:
+    if not c.kd.temperature > 0:
         raise UserError(f"kd.temperature must be above 0, not {c.kd.temperature}")
 
 
@@ -202,7 +204,7 @@ def _validate_stage(c: Config, name: str) -> None:
     for key, low in _OF_A_STAGE_AT_LEAST.items():
         _at_least(c, f"{where}.{key}", low)
     for key in ("learning_rate", "clip_norm"):
-        if stage_[key] <= 0:
+        if not stage_[key] > 0:  # nor NaN
             raise UserError(f"{where}.{key} must be above 0, not {stage_[key]}")
     for objective in stage_.objectives:
         _at_least(c, f"{where}.objectives.{objective}", 0)
@@ -259,7 +261,7 @@ def _value(c: Config, key: str) -> Any:
 
 
 def _at_least(c: Config, key: str, low: float) -> None:
-    if _value(c, key) < low:
+    if not _value(c, key) >= low:  # nor NaN
         raise UserError(f"{key} must be at least {low}, not {_value(c, key)}")
 
 
