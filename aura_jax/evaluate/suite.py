@@ -156,7 +156,10 @@ def text_lines(scores: dict[str, Any]) -> str:
         loss = of_text["loss"]["all"]
         line = f"text, adapters {adapters}: {loss['adapted']:.2f} nats a token, the base LLM {loss['base']:.2f}"
         exact = "; text-only requests run without them: not a bit changes"
-        lines.append(f"{line} ({loss['rise']:+.3f}){exact if of_text['adapters'] in ('request', 'audio') else ''}")
+        # A run that was scored before there were intervals has none.
+        edges = f" [{loss['low']:+.3f}, {loss['high']:+.3f}]" if "low" in loss else ""
+        rise = f"{loss['rise']:+.3f}{edges}"
+        lines.append(f"{line} ({rise}){exact if of_text['adapters'] in ('request', 'audio') else ''}")
     if "questions" in of_text:
         asked = of_text["questions"]
         right = f"{asked['adapted']} of {asked['n']} right, the base LLM {asked['base']}"

@@ -20,6 +20,7 @@ from aura_jax import checkpoint, losses
 from aura_jax.data.manifest import json_lines
 from aura_jax.data.prompts import ChatFormat
 from aura_jax.errors import UserError
+from aura_jax.evaluate.score import interval
 from aura_jax.infer.generate import Generator
 from aura_jax.infer.prompting import Request
 from aura_jax.models.speech_llm import text_context
@@ -107,8 +108,8 @@ def _is_turn(message: Any) -> bool:
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))
 def _loss(
     variables: Mapping[str, Any], tokens_BxT: jax.Array, weight_BxT: jax.Array, *, model: Any, chunk: int
-) -> losses.SumCount:
-    """Returns the cross-entropy in nats summed over the tokens of weight 1, each given those before it."""
+) -> jax.Array:
+    """Returns [B]: the cross-entropy in nats summed over a row's tokens of weight 1, each given those before it."""
     position_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
     # One segment for padding too: it comes last, where nothing that counts sees it.
     ctx = text_context(position_BxT, jnp.ones_like(tokens_BxT))
@@ -116,13 +117,20 @@ def _loss(
     x_BxTxD, _, _ = model.apply(variables, x_BxTxD, ctx, method="adapted_blocks")
     h_BxTxD, _ = model.apply(variables, x_BxTxD, ctx, method="plain_blocks")
     logits = lambda h: model.apply(variables, h, method="logits")
-    return losses.cross_entropy(logits, h_BxTxD[:, :-1], tokens_BxT[:, 1:], weight_BxT[:, 1:], chunk)
+
+    def of_row(h_TxD: jax.Array, tokens_T: jax.Array, weight_T: jax.Array) -> jax.Array:
+        total, _ = losses.cross_entropy(logits, h_TxD[None], tokens_T[None], weight_T[None], chunk)
+        return total
+
+    return jax.vmap(of_row)(h_BxTxD[:, :-1], tokens_BxT[:, 1:], weight_BxT[:, 1:])
 
 
 def text_loss(
     system: System, variables: Mapping[str, Any], rows: Sequence[TextRow], adapters: bool, progress: bool = True
-) -> dict[str, tuple[float, int]]:
-    """Returns for each kind of text the cross-entropy in nats, summed, and the number of tokens predicted.
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns for each kind of text the cross-entropy of every row in nats, and how many tokens it is summed over.
+
+    The rows of a kind are in an order of their own, which is the same for all variables.
 
     Args:
       variables: `params` and `lora`; after a merge `params` alone.
@@ -131,8 +139,8 @@ def text_loss(
     on = adapters and "lora" in variables and system.config.lora.scope != "audio"
     visible = {name: variables[name] for name in ("params", "lora") if name == "params" or on}
     rows = sorted(rows, key=lambda row: (row.kind, len(row.tokens)))
-    totals: dict[str, tuple[float, int]] = {}
-    loss = functools.partial(_loss, model=system.model, chunk=system.config.train.loss_chunk)
+    nats: dict[str, list[float]] = {}
+    loss = functools.partial(_loss, model=system.model, chunk=max(1, system.config.train.loss_chunk // _ROWS))
     with tqdm(
         total=len(rows), desc=f"text, adapters {'on' if adapters else 'off'}", unit="row", disable=not progress
     ) as bar:
@@ -145,12 +153,12 @@ def text_loss(
             for b, row in enumerate(batch):
                 tokens_BxT[b, : len(row.tokens)] = row.tokens
                 weight_BxT[b, row.first_target : len(row.tokens)] = 1
-            total, count = loss(visible, tokens_BxT, weight_BxT)
-            old = totals.get(kind, (0.0, 0))
-            totals[kind] = (old[0] + float(total), old[1] + round(float(count)))
+            nats_B = np.asarray(loss(visible, tokens_BxT, weight_BxT), np.float64)
+            nats.setdefault(kind, []).extend(nats_B[: len(batch)])
             start += len(batch)
             bar.update(len(batch))
-    return totals
+    n_tokens = lambda kind: np.array([len(row.tokens) - row.first_target for row in rows if row.kind == kind])
+    return {kind: (np.array(of_kind), n_tokens(kind)) for kind, of_kind in nats.items()}
 
 
 def base_variables(system: System, variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -167,16 +175,21 @@ def compare_text(
     """Returns the loss on held-out text of the base LLM, and with the adapters on or merged, in nats a token.
 
     Returns:
-      {kind: {"tokens", "base", "adapted", "rise"}}, for each kind of text and for "all".
+      {kind: {"n": rows, "tokens", "base", "adapted", "rise", "low", "high"}}, for each kind of text and for "all". The
+      last two bound the rise's bootstrap interval over rows, as of `score.interval`.
     """
     base = text_loss(system, base_variables(system, variables), rows, adapters=False, progress=progress)
     adapted = text_loss(system, variables, rows, adapters=True, progress=progress)
-    for totals in (base, adapted):
-        totals["all"] = (sum(total for total, _ in totals.values()), sum(count for _, count in totals.values()))
+    for found in (base, adapted):
+        nats, tokens = zip(*found.values(), strict=True)
+        found["all"] = (np.concatenate(nats), np.concatenate(tokens))
     result = {}
-    for kind, (total, count) in base.items():
-        means = {"base": total / count, "adapted": adapted[kind][0] / count}
-        result[kind] = {"tokens": count, **means, "rise": means["adapted"] - means["base"]}
+    for kind, (nats_N, tokens_N) in base.items():
+        adapted_N, _ = adapted[kind]
+        rise = interval(adapted_N - nats_N, tokens_N)
+        means = {"base": nats_N.sum() / tokens_N.sum(), "adapted": adapted_N.sum() / tokens_N.sum()}
+        edges = {edge: rise[edge] for edge in ("low", "high")}
+        result[kind] = {"n": rise["n"], "tokens": int(tokens_N.sum()), **means, "rise": rise["value"], **edges}
     return result
 
 
@@ -189,8 +202,8 @@ def ask(
     """Asks plain questions in text of the base LLM, and with the adapters on or merged, and checks the answers.
 
     Returns:
-      {"n", "base": right answers, "adapted": right answers, "answers": [{"question", "base", "base_right", "adapted",
-      "adapted_right"}, ...]}.
+      {"n", "base": right answers, "adapted": right answers, "low", "high": that bound the latter's bootstrap interval,
+      as of `score.interval`, "answers": [{"question", "base", "base_right", "adapted", "adapted_right"}, ...]}.
     """
     on = system.config.lora.scope != "audio"
     answers: list[dict[str, Any]] = [{"question": question.prompt} for question in questions]
@@ -201,4 +214,6 @@ def ask(
             answer[name] = reply.text
             answer[f"{name}_right"] = any(re.search(p, reply.text, re.IGNORECASE) for p in question.patterns)
     right = {name: sum(answer[f"{name}_right"] for answer in answers) for name in ("base", "adapted")}
-    return {"n": len(questions), **right, "answers": answers}
+    share = interval(np.array([answer["adapted_right"] for answer in answers]), np.ones(len(answers)))
+    edges = {edge: len(questions) * share[edge] for edge in ("low", "high")}
+    return {"n": len(questions), **right, **edges, "answers": answers}

@@ -387,5 +387,5 @@ def test_real_weights_lose_little(sample_data):
         rows = text.load_heldout(sample_data / "text" / "validation.jsonl", built.chat)[::2]
         variables = {"params": {"llm": system.load_llm(built, checkpoint.system_mesh(c))}}
         totals = text.text_loss(built, variables, rows, adapters=False, progress=False)
-        losses[dtype] = sum(total for total, _ in totals.values()) / sum(count for _, count in totals.values())
+        losses[dtype] = sum(nats.sum() for nats, _ in totals.values()) / sum(n.sum() for _, n in totals.values())
     assert 0 < abs(losses["int8"] - losses["float32"]) < 0.02

@@ -16,7 +16,8 @@ def _set(n: int, wer: float, intents: bool = True) -> dict[str, Any]:
 
 
 def _text(base: float, rise: float, tokens: int) -> dict[str, float]:
-    return {"tokens": tokens, "base": base, "adapted": base + rise, "rise": rise}
+    edges = {"low": rise - 0.01, "high": rise + 0.02}
+    return {"n": 7, "tokens": tokens, "base": base, "adapted": base + rise, "rise": rise, **edges}
 
 
 def _cka(bend: float) -> list[list[float]]:

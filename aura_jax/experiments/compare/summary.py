@@ -85,9 +85,9 @@ def _scores(results: Sequence[Result]) -> dict[str, Any]:
     if text := scores[0].get("text"):
         out["text"] = {"adapters": text["adapters"]}
         if "loss" in text:
-            out["text"]["rise"] = _over(scores, lambda of: of["text"]["loss"]["all"]["rise"])
+            out["text"]["rise"] = _over(scores, lambda of: _with_edges(of["text"]["loss"]["all"], "rise"))
         if "questions" in text:
-            asked = _over(scores, lambda of: of["text"]["questions"]["adapted"])
+            asked = _over(scores, lambda of: _with_edges(of["text"]["questions"], "adapted"))
             out["text"]["questions"] = asked | {"n": text["questions"]["n"], "base": text["questions"]["base"]}
     return out
 
@@ -101,6 +101,11 @@ def _metrics(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             if metric in scores:
                 out[name][metric] = _over(runs, lambda run, n=name, m=metric: run[n][m])
     return out
+
+
+def _with_edges(values: Mapping[str, Any], key: str) -> Any:
+    """Returns one of a score's numbers with the edges of its interval; alone where it was scored without."""
+    return {"value": values[key], "low": values["low"], "high": values["high"]} if "low" in values else values[key]
 
 
 def _over(runs: Sequence[Any], of_run: Callable[[Any], Any]) -> dict[str, float]:
