@@ -54,10 +54,10 @@ def quickstart(results: dict[str, Any]) -> str:
     n = next(iter(systems.values()))[0]["text"]["questions"]["n"]
     add(f"plain text questions right, adapters on (of {n})", lambda run: run["text"]["questions"]["adapted"], 1, 0)
     # The others shared the machine.
+    alone = lambda value: lambda run: value(run) if run["cores"] == 2 else None
     for part in ("train", "evaluate"):
-        minutes = lambda run, part=part: run["seconds"][part] / 60 if run["cores"] == 2 else None
-        add(f"minutes to {part} on two cores", minutes)
-    add("peak memory, GiB", lambda run: run["peak_memory_gib"])
+        add(f"minutes to {part} on two cores", alone(lambda run, part=part: run["seconds"][part] / 60))
+    add("peak memory on two cores, GiB", alone(lambda run: run["peak_memory_gib"]))
     return "\n".join(lines) + "\n"
 
 
