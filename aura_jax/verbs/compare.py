@@ -28,6 +28,9 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train each system a second time, for as long as the first one's schedule takes",
     )
+    parser.add_argument(
+        "--finished", action="store_true", help="train and score nothing: the page is of what has a result already"
+    )
 
 
 def _compare(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
@@ -45,7 +48,8 @@ def _compare(args: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     from aura_jax.experiments.compare import run
 
     base = bases[-1].partition("=")[2] if bases else _CONFIG
-    return run.main(args.systems.split(","), seeds, args.workdir, results, base, overrides, args.equal_time)
+    systems = args.systems.split(",")
+    return run.main(systems, seeds, args.workdir, results, base, overrides, args.equal_time, args.finished)
 
 
 VERBS = {

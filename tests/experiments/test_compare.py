@@ -115,6 +115,21 @@ def test_a_result_is_not_made_again_and_one_of_another_config_is_refused(planned
         again()
 
 
+def test_the_page_may_be_of_what_is_finished(planned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_run", lambda command: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(timing, "measure", lambda systems, command, paddings: TIMING)
+    page_of = lambda: run.main(
+        ["aura", "bridge"], [0, 1], tmp_path, tmp_path / "results", "configs/smoke.py", finished=True
+    )
+    with pytest.raises(UserError, match=r"--finished: .*results has no result of these systems and seeds"):
+        page_of()
+    one = planned("aura", seeds=(0, 1))[1]
+    one.output.parent.mkdir()
+    one.output.write_text(json.dumps(one.values("a command") | result("aura", 1, 0.5)))
+    assert page_of() == 0
+    assert "bridge" not in capsys.readouterr().out
+
+
 def test_the_exit_code_of_a_job_ends_it(planned, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_run", lambda command: 75)
     assert run.main(["aura"], [0], tmp_path, tmp_path / "results", "configs/smoke.py", ()) == 75

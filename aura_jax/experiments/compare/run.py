@@ -28,17 +28,21 @@ def main(
     base: str = _BASE,
     overrides: Sequence[str] = (),
     equal_time: bool = False,
+    finished: bool = False,
 ) -> int:
     """Runs what has no result yet, writes the page and its figures, and prints the table; returns an exit code.
 
     Args:
       equal_time: train each system a second time, for as long as the first one takes.
+      finished: run nothing but the times: the page is of what has a result.
 
     Raises:
-      UserError: as `plan.equal_steps`, or a result is there that was made with another config.
+      UserError: as `plan.equal_steps`, a result is there that was made with another config, or none is that is wanted.
     """
     jobs = plan.equal_steps(systems, seeds, workdir, results, base, overrides)
     command = f"aura-jax {shlex.join(sys.argv[1:])}"
+    if finished:
+        jobs = _finished(jobs, results)
     if code := _run_missing(jobs, command):
         return code
     found = [json.loads(job.output.read_text()) for job in jobs]
@@ -46,6 +50,8 @@ def main(
     times = _timed(jobs, results / _TIMING, command, paddings)
     if equal_time:
         more = plan.equal_time(jobs, times)
+        if finished:
+            more = [job for job in more if _is_done(job)]
         if code := _run_missing(more, command):
             return code
         jobs += more
@@ -53,6 +59,13 @@ def main(
     print(table.text(summary))
     print(f"wrote {page.write(summary, results)}")
     return 0
+
+
+def _finished(jobs: Sequence[Job], results: Path) -> list[Job]:
+    done = [job for job in jobs if _is_done(job)]
+    if not done:
+        raise UserError(f"--finished: {results} has no result of these systems and seeds: leave it out")
+    return done
 
 
 def _run_missing(jobs: Sequence[Job], command: str) -> int:
