@@ -306,6 +306,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "remat": ("step_cost", remat),
     "trials": ("step_trials", trials),
     "infer": ("infer", _cells(infer_report.speech_rows)),
+    "infer_errors": ("infer", _cells(infer_report.error_rows)),
     "infer_times": ("infer", _cells(infer_report.times_rows)),
     "infer_decode": ("infer", _cells(infer_report.decode_rows)),
     "decode": ("decode", decode),

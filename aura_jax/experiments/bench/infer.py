@@ -96,8 +96,8 @@ class Plan:
     n_batch: int = 8
     batch_tokens: int = 16
     batch_rounds: int = 3
-    n_test: int = 8
-    n_padding: int = 16
+    n_test: int = 16
+    n_padding: int = 64
     transcript_tokens: int = 200
     read_bytes: int = 2**29
     dtypes: tuple[str, ...] = ("float32", "int8")
@@ -242,7 +242,11 @@ def measure(
         "plan": dataclasses.asdict(plan),
         "threads": machine.n_cores(),
         "silence": silence,
-        "test": {"sets": dict(config.eval.sets), "clips": len(case.tests), "seconds": case.seconds},
+        "test": {
+            "sets": dict(config.eval.sets),
+            "clips": {name: len(clips) for name, clips in case.sets.items()},
+            "seconds": case.seconds,
+        },
         "arms": measure_speech(arms, case, plan, folder, left_out),
         "decode": measure_decode(alone, case, plan, folder, left_out),
         "left_out": left_out,
@@ -295,20 +299,27 @@ def speech_arms(
     config = _config(workdir)
     values = json.loads(config_lib.to_json(config))
 
-    def run(name: str, workdir: Path, merged: bool, kind: str = "run") -> Arm:
-        return Arm(name, _OURS, {"kind": kind, "workdir": str(workdir), "merged": merged})
+    def run(name: str, workdir: Path, merged: bool, kind: str = "run", **options: Any) -> Arm:
+        return Arm(name, _OURS, {"kind": kind, "workdir": str(workdir), "merged": merged, **options})
 
-    arms = [run("AuRA merged", workdir, True)] if _merges(workdir) else []
-    arms.append(run("AuRA", workdir, False))
+    merged, rounded = _merges(workdir), config.model.matmul_dtype
+    name = "AuRA merged" if merged else "AuRA"
+    arms = [run(name, workdir, merged)]
+    if merged:
+        arms.append(run("AuRA", workdir, False))
+    if rounded:
+        arms.append(run(f"{name}, blocks in {rounded}", workdir, merged, as_trained=True))
     if streaming is not None:
         merged = _merges(streaming)
         arms.append(run(f"AuRA streaming{', merged' if merged else ''}", streaming, merged, "listening"))
     if bridge is not None:
         arms.append(run("bridge", bridge, False))
-    arms.append(Arm("cascade, 30 s window", _OURS, {"kind": "cascade", "config": values, "silence": None}))
+    cascade = {"kind": "cascade", "config": values, "silence": None}
+    arms.append(Arm("cascade, 30 s window", _OURS, cascade))
+    if rounded:
+        arms.append(Arm(f"cascade, 30 s window, blocks in {rounded}", _OURS, cascade | {"as_trained": True}))
     if silence is not None and silence["seconds"] is not None:
-        options = {"kind": "cascade", "config": values, "silence": silence}
-        arms.append(Arm(f"cascade, {silence['seconds']:g} s of silence", _OURS, options))
+        arms.append(Arm(f"cascade, {silence['seconds']:g} s of silence", _OURS, cascade | {"silence": silence}))
 
     def peer(name: str, hears: str | None, answers: str, directory: str, **options: Any) -> Arm:
         return Arm(name, _THEIRS, {"hears": hears, "answers": answers, "directory": directory, **options})
@@ -449,8 +460,8 @@ def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path, le
       {name: {"ours", "versions", "batch": clips that it answers together, "weight_bytes": of the LLM,
       "start_seconds": {"cold", "warm"}, "first_token": {length: seconds}, "tokens_per_second" after the first,
       "real_time_factor": of an answer of `plan.n_tokens`, "clips_per_second", "peak_memory_bytes": while it answers,
-      "wer"}}. What varies from round to round is a median with its range; "times" is the ratio of the seconds to those
-      of the first arm in the same round.
+      "wer": {test set: rate}}}. What varies from round to round is a median with its range; "times" is the ratio of the
+      seconds to those of the first arm in the same round.
     """
     draw = random.Random(0)
     clips = {length: f"{length:g}" for length in plan.lengths}
@@ -460,7 +471,8 @@ def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path, le
         heard = {}
         for one in running:
             print(f"{one.arm.name} writes down the test clips", file=sys.stderr, flush=True)
-            heard[one.arm.name] = one.worker.ask("hear", clips=case.tests)["texts"]
+            texts = one.worker.ask("hear", clips=case.tests)["texts"]
+            heard[one.arm.name] = dict(zip(case.tests, texts, strict=True))
             # Every shape once: compiling is no part of an answer, nor of the memory that it takes.
             for clip in clips.values():
                 answering(clip, 1)(one.worker)
@@ -489,7 +501,10 @@ def measure_speech(arms: Sequence[Arm], case: Case, plan: Plan, folder: Path, le
             "clips_per_second": spread([len(case.batch) / seconds for seconds in batches[name]])
             | {"times": spread(_ratios(batches[name], batches[reference]))},
             "peak_memory_bytes": peaks[name],
-            "wer": score(case.references, heard[name])["wer"],
+            "wer": {
+                of: score(list(clips.values()), [heard[name][clip] for clip in clips])["wer"]
+                for of, clips in case.sets.items()
+            },
         }
     return out
 

@@ -21,6 +21,7 @@ from aura_jax.experiments.bench.infer_case import TEXT
 from aura_jax.infer.cascade import Cascade, whisper_of
 from aura_jax.infer.generate import Generator, Reply, plain_generator
 from aura_jax.infer.prompting import Request
+from aura_jax.infer.reading import Weights
 from aura_jax.infer.stream import Session
 from aura_jax.infer.transcriber import Transcriber
 from aura_jax.models.lora import merge
@@ -169,22 +170,25 @@ class Arm:
         return self._made[key]
 
 
-def _run(about: Mapping[str, Any], workdir: str, merged: bool) -> tuple[System, _Make, int]:
+def _run(about: Mapping[str, Any], workdir: str, merged: bool, as_trained: bool = False) -> tuple[System, _Make, int]:
     """A trained run.
 
     Args:
       merged: with its adapters folded into the LLM.
+      as_trained: with the run's `model.matmul_dtype`; else the operands of products have the dtype of its weights, as
+        those of what it is compared with.
     """
     built, variables = checkpoint.load_for_inference(Path(workdir))
     model: Any = built.model
-    # Whatever operands it was trained with, what it is compared with has those of its weights.
-    built = dataclasses.replace(built, model=model.clone(matmul_dtype=None))
+    if not as_trained:
+        built = dataclasses.replace(built, model=model.clone(matmul_dtype=None))
     if merged:
         assert built.model.config.lora is not None
         llm = merge(variables["params"]["llm"], variables["lora"]["llm"], built.model.config.lora)
         variables = {"params": variables["params"] | {"llm": llm}}
     size = _weight_bytes(variables["params"]["llm"]) + _weight_bytes(variables.get("lora", {}))
-    return built, lambda system, n: Generator(system, variables, batch_size=len(about["batch"]), max_new_tokens=n), size
+    weights = Weights(built.model, variables)
+    return built, lambda system, n: Generator(system, weights, batch_size=len(about["batch"]), max_new_tokens=n), size
 
 
 def _listening(about: Mapping[str, Any], workdir: str, merged: bool) -> tuple[System, _Make, int]:
@@ -200,15 +204,16 @@ def _listening(about: Mapping[str, Any], workdir: str, merged: bool) -> tuple[Sy
 
 
 def _cascade(
-    about: Mapping[str, Any], config: Mapping[str, Any], silence: Mapping[str, Any] | None
+    about: Mapping[str, Any], config: Mapping[str, Any], silence: Mapping[str, Any] | None, as_trained: bool = False
 ) -> tuple[System, _Make, int]:
     """Whisper and the plain LLM.
 
     Args:
       config: of a run.
       silence: the "seconds" of it after a clip, and the "windows" to choose from; None: 30 s.
+      as_trained: the LLM multiplies as in `_run`; Whisper computes in float32.
     """
-    system, make, size = _llm(about, config, "float32")
+    system, make, size = _llm(about, config, "float32", as_trained)
     n_rows = len(about["batch"])
     directory = assets.resolve(whisper_of(config_lib.from_values(config, Path("case"))))
     whisper = Transcriber(directory, batch_size=n_rows, max_new_tokens=about["transcript_tokens"])
@@ -223,20 +228,23 @@ def _cascade(
     return system, make_cascade, size
 
 
-def _llm(about: Mapping[str, Any], config: Mapping[str, Any], dtype: str) -> tuple[System, _Make, int]:
+def _llm(
+    about: Mapping[str, Any], config: Mapping[str, Any], dtype: str, as_trained: bool = False
+) -> tuple[System, _Make, int]:
     """The plain LLM.
 
     Args:
       config: of a run.
       dtype: that it is held in, and computed in unless that is int8.
+      as_trained: as of `_run`.
     """
     values = config_lib.from_values(config, Path("case"))
-    values.model.update(param_dtype=dtype, dtype="float32" if dtype == "int8" else dtype, matmul_dtype="")
+    values.model.update(param_dtype=dtype, dtype="float32" if dtype == "int8" else dtype)
+    if not as_trained:
+        values.model.matmul_dtype = ""
     plain = plain_generator(values)
-    n_rows = len(about["batch"])
-    make = lambda system, n: Generator(
-        system, plain.variables, batch_size=n_rows, max_new_tokens=n, adapters_on_text=False
-    )
+    n_rows, weights = len(about["batch"]), Weights(plain.system.model, plain.variables)
+    make = lambda system, n: Generator(system, weights, batch_size=n_rows, max_new_tokens=n, adapters_on_text=False)
     return plain.system, make, _weight_bytes(plain.variables["params"]["llm"])
 
 

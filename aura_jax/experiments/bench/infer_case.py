@@ -6,7 +6,7 @@ test sets; and case.json, for arms that know nothing of this package.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +33,20 @@ class Case:
     """A case folder, and what is known of it.
 
     Attributes:
-      tests: names of the test clips.
-      references: what is said in each.
-      batch: those that are answered together.
-      seconds: of all of them together.
+      sets: {test set: {name of a clip: what is said in it}}.
+      batch: names of those that are answered together.
+      seconds: of all test clips together.
     """
 
     directory: Path
-    tests: tuple[str, ...]
-    references: tuple[str, ...]
+    sets: Mapping[str, Mapping[str, str]]
     batch: tuple[str, ...]
     seconds: float
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """The names of all test clips."""
+        return tuple(name for clips in self.sets.values() for name in clips)
 
 
 def write(
@@ -70,21 +73,22 @@ def write(
     """
     config: Config = built.config
     clips = {f"{length:g}": waveform for length, waveform in speech(config, lengths).items()}
-    references: dict[str, str] = {}
-    for path in config.eval.sets.values():
+    sets: dict[str, dict[str, str]] = {}
+    tests: list[str] = []
+    for set_name, path in config.eval.sets.items():
         rows = [row for row in load_manifest(path) if row.audio is not None and row.text]
         for row in rows[:: max(1, len(rows) // n_test)][:n_test]:
             assert row.audio is not None and row.text is not None
             waveform = load_audio(row.audio)
             if len(waveform) <= _LONGEST * SAMPLE_RATE:
-                name = f"test {len(references)}"
-                references[name], clips[name] = row.text, waveform
-    if not references:
+                tests.append(f"test {len(tests)}")
+                clips[tests[-1]] = waveform
+                sets.setdefault(set_name, {})[tests[-1]] = row.text
+    if not tests:
         raise UserError("bench infer: no clip with a transcript in the run's eval.sets: no time is without its quality")
     directory.mkdir()
     np.savez(directory / "clips.npz", allow_pickle=False, **clips)
-    tests = tuple(references)
-    batch = tests[:: max(1, len(tests) // n_batch)][:n_batch]
+    batch = tuple(tests[:: max(1, len(tests) // n_batch)][:n_batch])
     before_ids, after_ids = built.chat.encode(config.data.prompt, has_audio=True)
     about = {
         "text_ids": built.chat.encode(TEXT, has_audio=False)[0],
@@ -100,4 +104,4 @@ def write(
     }
     (directory / "case.json").write_text(json.dumps(about))
     seconds = sum(len(clips[name]) for name in tests) / SAMPLE_RATE
-    return Case(directory, tests, tuple(references.values()), batch, seconds)
+    return Case(directory, sets, batch, seconds)

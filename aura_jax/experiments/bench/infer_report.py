@@ -23,7 +23,7 @@ def speech_rows(results: Mapping[str, Any]) -> list[list[str]]:
     arms: Mapping[str, Any] = results["arms"]
     lengths = list(next(iter(arms.values()))["first_token"])
     head = ["ms to a first token", *(f"{length} s" for length in lengths), "tokens/s", "real time", "clips/s", "batch"]
-    out = [[*head, "GiB", "cold s", "warm s", "WER %"]]
+    out = [[*head, "GiB", "cold s", "warm s"]]
     for name, arm in arms.items():
         cells = [name, *(f"{1000 * arm['first_token'][length]['median']:.0f}" for length in lengths)]
         cells += [f"{arm['tokens_per_second']['median']:.1f}", f"{arm['real_time_factor']['median']:.2f}"]
@@ -31,8 +31,17 @@ def speech_rows(results: Mapping[str, Any]) -> list[list[str]]:
         memory = arm["peak_memory_bytes"]
         cells.append(f"{memory / _GIB:.2f}" if memory else "?")
         starts = arm["start_seconds"]
-        cells += [f"{starts['cold']:.1f}", f"{starts['warm']:.1f}" if "warm" in starts else "-"]
-        out.append([*cells, f"{100 * arm['wer']['value']:.1f}"])
+        out.append([*cells, f"{starts['cold']:.1f}", f"{starts['warm']:.1f}" if "warm" in starts else "-"])
+    return out
+
+
+def error_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the cells of the arms' word error rates on the same clips, each with its interval."""
+    sets = [f"{name}, {n} clips" for name, n in results["test"]["clips"].items()]
+    out = [["WER % (95 % interval)", *sets]]
+    for name, arm in results["arms"].items():
+        rates = ({edge: 100 * of[edge] for edge in ("value", "low", "high")} for of in arm["wer"].values())
+        out.append([name, *("{value:.1f} ({low:.1f} to {high:.1f})".format(**rate) for rate in rates)])
     return out
 
 
@@ -62,7 +71,7 @@ def table(results: Mapping[str, Any]) -> str:
     """Returns the plain tables: arms that hear, each beside the first, and the LLM alone."""
     decode = results["decode"]
     out = [results["machine"], *(f"left out: {line}" for line in results["left_out"])]
-    for rows in (speech_rows(results), times_rows(results), decode_rows(results)):
+    for rows in (speech_rows(results), error_rows(results), times_rows(results), decode_rows(results)):
         out += ["", *lines(rows)]
     out += ["", f"a sum reads {decode['read_bytes_per_second'] / 1e9:.1f} GB/s"]
     return "\n".join([*out, *(f"{pair}: {spread(times)} times the time" for pair, times in decode["ratios"].items())])
@@ -79,7 +88,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         first = arm["first_token"]
         seconds = [float(length) for length in first]
         median, low, high = ([1000 * of[edge] for of in first.values()] for edge in ("median", "low", "high"))
-        label = f"{name}, WER {100 * arm['wer']['value']:.1f}%"
+        label = f"{name}: {' / '.join(format(100 * of['value'], '.0f') for of in arm['wer'].values())}"
         style = "-" if arm["ours"] else "--"
         left.plot(seconds, median, mark, ls=style, ms=5, lw=1.5, color=colour, label=label)
         left.vlines(seconds, low, high, color=colour, lw=1.5, alpha=0.4)
@@ -94,7 +103,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     left.grid(color=theme.LINE, lw=0.7)
     left.set_xlabel("seconds of speech")
     left.set_title("Milliseconds from the end of the speech to the LLM's first token", fontsize=10)
-    left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    left.legend(
+        title=f"WER %: {' / '.join(results['test']['clips'])}",
+        title_fontsize=8,
+        fontsize=8,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        ncols=2,
+    )
 
     decode: Mapping[str, Any] = results["decode"]["arms"]
     for row, arm in enumerate(decode.values()):
