@@ -55,6 +55,11 @@ def peak_memory_gib() -> float:
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"] / 2**30
+    return process_peak_gib()
+
+
+def process_peak_gib() -> float:
+    """Returns the most memory that this process had so far."""
     status = Path("/proc/self/status")
     # Where Linux tells it: getrusage gives no less than the peak of the process that started this one.
     if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.is_file() else ""):

@@ -260,8 +260,8 @@ def _work() -> None:
             print(json.dumps(reply), file=replies, flush=True)
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak() -> float:
+    return machine.process_peak_gib() * 2**30
 
 
 class Worker:
