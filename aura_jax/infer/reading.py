@@ -65,7 +65,7 @@ class Weights:
 
     @functools.cached_property
     def apart(self) -> Mapping[str, Any]:
-        """The variables with the LLM's blocks apart, and their kernels in the dtype that they are multiplied in."""
+        """The variables with the LLM's blocks apart, and their kernels as they are multiplied."""
         params = self.variables["params"]
         read = {"params": {**params, "llm": as_multiplied(params["llm"], self._multiplied)}}
         if "lora" in self.variables:
@@ -132,8 +132,8 @@ class Reader:
         """Returns the variables that a pass over so many rows reads, and its program.
 
         XLA for CPUs copies a block's weights out of their stack before it multiplies by them, which takes a single row
-        as long as the product. There, a single row is given them block by block, in the dtype that they are multiplied
-        in. It is not worth it for weights that are narrower than that, as XLA would convert those of all blocks at
+        as long as the product. There, a single row is given them block by block, as they are multiplied. It is not
+        worth it for weights that are narrower than what is multiplied, as XLA would convert those of all blocks at
         once, in front of every piece of an answer; nor for several rows, as it takes longer to compile.
         """
         multiplied = self._model.matmul_dtype or self._model.dtype

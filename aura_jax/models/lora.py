@@ -82,13 +82,23 @@ def matmul(
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype: jnp.dtype) -> jax.Array:
-    axes = (((axis_a % a.ndim,), (axis_b,)), ((), ()))
-    product = functools.partial(jax.lax.dot_general, dimension_numbers=axes, preferred_element_type=jnp.float32)
+    contract = lambda a, axis_a, b, axis_b: jax.lax.dot_general(
+        a, b, (((axis_a % a.ndim,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32
+    )
     a, b = a.astype(dtype), b.astype(dtype)
+    product = lambda a, b: contract(a, axis_a, b, axis_b)
     if dtype != jnp.bfloat16 or a.size > a.shape[axis_a]:
         return product(a, b)
-    # XLA for CPUs has a kernel for a few rows of bfloat16; for a single one it converts all of b to float32 instead.
-    rows = lambda a, b: jax.vmap(product, (0, None))(jnp.broadcast_to(a, (_ROWS, *a.shape)), b)[0]
+
+    def rows(a: jax.Array, b: jax.Array) -> jax.Array:
+        """XLA for CPUs has a kernel for a few rows of bfloat16; for a single one it converts all of b to float32.
+
+        What has its outputs first comes first, or XLA turns it around.
+        """
+        a_RxI = jnp.broadcast_to(a.reshape(1, -1), (_ROWS, a.size))
+        y_O = contract(a_RxI, 1, b, 0)[0] if axis_b == 0 else contract(b, 1, a_RxI, 1)[:, 0]
+        return y_O.reshape(*[1] * (a.ndim - 1), -1)
+
     return jax.lax.platform_dependent(a, b, cpu=rows, default=product)
 
 
@@ -118,6 +128,7 @@ class Dense(nn.Module):
       dtype, param_dtype: of the computation, and of the stored kernel and bias. A and B are stored in float32. An int8
         kernel has a float32 `kernel_scale` for each output beside it, and a bias in `dtype`.
       matmul_dtype: of the operands of the product with the kernel; None for `dtype`.
+      outputs_first: the kernel is stored as [O, I].
     """
 
     features: int
@@ -126,6 +137,7 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     matmul_dtype: jnp.dtype | None = None
+    outputs_first: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxI: jax.Array, lora_mask_BxT: jax.Array | None = None) -> jax.Array:
@@ -134,10 +146,11 @@ class Dense(nn.Module):
         int8 = self.param_dtype == jnp.int8
         # Nobody draws int8 weights: they are quantised as they are read.
         init = nn.initializers.zeros if int8 else nn.initializers.lecun_normal()
-        kernel = self.param("kernel", init, (n_in, self.features), self.param_dtype)
+        shape = (self.features, n_in) if self.outputs_first else (n_in, self.features)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
         scale_O = self.param("kernel_scale", nn.initializers.ones, (self.features,), jnp.float32) if int8 else None
         x_BxTxI = x_BxTxI.astype(self.dtype)
-        y_BxTxO: Any = matmul(x_BxTxI, kernel, self.matmul_dtype or self.dtype, 0, scale_O)
+        y_BxTxO: Any = matmul(x_BxTxI, kernel, self.matmul_dtype or self.dtype, int(self.outputs_first), scale_O)
         if self.use_bias:
             bias_dtype = float_dtype(self.param_dtype, self.dtype)
             bias = self.param("bias", nn.initializers.zeros, (self.features,), bias_dtype)

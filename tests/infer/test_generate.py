@@ -229,7 +229,12 @@ def test_a_single_row_reads_weights_as_they_are_multiplied(tiny_config, random_v
     held, apart = generator.held(program, 1)
     llm = held["params"]["llm"]
     assert llm["adapted"]["0"]["attn"]["q"]["kernel"].dtype == "bfloat16"
-    assert llm["plain"]["1"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
+    up_OxI, stacked = (
+        llm["plain"]["1"]["mlp"]["up"]["kernel"],
+        variables["params"]["llm"]["plain"]["mlp"]["up"]["kernel"],
+    )
+    assert up_OxI.dtype == "bfloat16"
+    np.testing.assert_array_equal(up_OxI, stacked[1].T.astype("bfloat16"))
     assert llm["embed"]["embedding"].dtype == llm["plain"]["1"]["input_norm"]["scale"].dtype == "float32"
     inputs = lay_out(system, [tokenise(system, 0, SPEECH[0])], 1)
     expected, _ = reading._prompt_logits(variables, inputs, program)
