@@ -312,7 +312,8 @@ class LLM(nn.Module):
         float32. The head is not one of them: its operand would be a copy of the whole embedding table.
       tap: called after each adapted block with the hidden states at the audio positions.
       remat: "none", "dots" (keeps the results of matmuls with weights), or "full" (keeps each block's input only).
-      apart: no scans: every block has arrays of its own, as of `blocks_apart`, its kernels as of `as_multiplied`.
+      apart: no scans and no remat: every block has arrays of its own, as of `blocks_apart`, its kernels as of
+        `as_multiplied`.
     """
 
     config: LLMConfig
@@ -344,15 +345,15 @@ class LLM(nn.Module):
             self.lm_head = Dense(c.vocab, False, None, self.dtype, self.param_dtype)
 
     def _blocks(self, length: int, lora: LoRAConfig | None, tap: Tap | None) -> nn.Module:
+        outputs_first = self.apart and _is_wider(self.param_dtype, self.matmul_dtype or self.dtype)
+        numbers = (self.dtype, self.param_dtype, self.matmul_dtype, outputs_first)
+        kinds = (self.config, lora, *numbers, self.attention_impl, tap)
+        if self.apart:  # traced once for all blocks
+            return _BlocksApart(length, functools.partial(nn.jit(Block), *kinds))
         block, broadcast = Block, (nn.broadcast, nn.broadcast)
         if self.remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(LINEAR) if self.remat == "dots" else None
             block = nn.remat(Block, prevent_cse=False, policy=policy)
-        outputs_first = self.apart and _is_wider(self.param_dtype, self.matmul_dtype or self.dtype)
-        numbers = (self.dtype, self.param_dtype, self.matmul_dtype, outputs_first)
-        kinds = (self.config, lora, *numbers, self.attention_impl, tap)
-        if self.apart:
-            return _BlocksApart(length, functools.partial(block, *kinds))
         return nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0, "moments": 0},
