@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from safetensors import safe_open
 
-KINDS = ("F32", "Q8_0", "Q4_1")
+KINDS = ("F32", "BF16", "Q8_0", "Q4_1")
 
 _TOP = {
     "model.embed_tokens": "token_embd",

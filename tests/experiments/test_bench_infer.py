@@ -71,7 +71,7 @@ def test_bridges_and_llms_that_a_peer_cannot_read_are_refused(workdir, tmp_path,
 
 def test_arms_are_those_that_the_run_and_the_peers_allow(workdir, monkeypatch):
     silence = {"seconds": 3.0, "windows": [4.0], "wer": {}}
-    files = {name: name for name in ("llm", "whisper", "ctranslate2", "F32", "Q8_0", "Q4_1", "export")}
+    files = {name: name for name in ("llm", "whisper", "ctranslate2", "export", *infer._GGUF)}
     names = lambda peers, found: [arm.name for arm in infer.speech_arms(workdir, workdir, workdir, peers, found, files)]
     own = ["AuRA merged", "AuRA", "AuRA streaming, merged", "bridge", "cascade, 30 s window"]
     assert names([], None) == own
@@ -108,7 +108,7 @@ def test_gguf_matrices_are_the_runs_own(tiny_llm_dir, tmp_path):
     from aura_jax.convert.gguf import unpermute_rope
 
     wanted = load_file(tiny_llm_dir / "model.safetensors")
-    for kind, most in (("F32", 0.0), ("Q8_0", 0.01), ("Q4_1", 0.1)):
+    for kind, most in (("F32", 0.0), ("BF16", 0.01), ("Q8_0", 0.01), ("Q4_1", 0.1)):
         gguf_file.write(tiny_llm_dir, tmp_path / kind, kind)
         found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(tmp_path / kind).tensors}
         assert len(found) == len(wanted)

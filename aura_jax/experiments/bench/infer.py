@@ -49,6 +49,7 @@ _OURS = (sys.executable, "-m", "aura_jax.experiments.bench.infer_arm")
 _THEIRS = (sys.executable, str(PEER))
 _CONTEXT = 1024  # columns of llama.cpp's cache
 _REST = 0.2  # seconds between two arms: threads of the one before may wait busily for more work
+_GGUF = ("F32", "BF16", "Q8_0", "Q4_1")  # kinds of what llama.cpp reads
 
 T = TypeVar("T")
 
@@ -272,7 +273,7 @@ def _prepare(
         with _worker(_THEIRS, folder / "prepare-theirs.log") as worker:
             files["ctranslate2"] = str(folder / "ctranslate2")
             worker.ask("prepare", what="ctranslate2", directory=files["whisper"], output=files["ctranslate2"])
-            for kind in ("F32", "Q8_0", "Q4_1") if "llama.cpp" in peers else ():
+            for kind in _GGUF if "llama.cpp" in peers else ():
                 files[kind] = str(folder / f"{kind}.gguf")
                 worker.ask("prepare", what="gguf", directory=files["llm"], output=files[kind], kind=kind)
     return silence, files
@@ -347,19 +348,25 @@ def _merges(workdir: Path) -> bool:
 
 def decode_arms(config: Config, dtypes: Sequence[str], peers: Sequence[str], files: Mapping[str, str]) -> list[Arm]:
     """Returns the arms in which the LLM alone answers text."""
-    values = json.loads(config_lib.to_json(config))
-    arms = [Arm(f"ours, {dtype}", _OURS, {"kind": "llm", "config": values, "dtype": dtype}) for dtype in dtypes]
+    alone = {"kind": "llm", "config": json.loads(config_lib.to_json(config))}
+    arms = [Arm(f"ours, {dtype}", _OURS, alone | {"dtype": dtype}) for dtype in dtypes]
+    if rounded := config.model.matmul_dtype:
+        arms.append(Arm(f"ours, blocks in {rounded}", _OURS, alone | {"dtype": "float32", "as_trained": True}))
     if "torch" in peers:
         arms.append(Arm("torch, float32", _THEIRS, {"hears": None, "answers": "torch", "directory": files["llm"]}))
     if "llama.cpp" in peers:
-        for kind in ("F32", "Q8_0", "Q4_1"):
+        for kind in _GGUF:
             options = {"hears": None, "answers": "llama.cpp", "directory": files[kind]}
             arms.append(Arm(f"llama.cpp, {kind}", _THEIRS, options))
     return arms
 
 
 # Ours, and what of llama.cpp holds its weights with as many bits.
-EQUAL = {"ours, float32": "llama.cpp, F32", "ours, int8": "llama.cpp, Q8_0"}
+EQUAL = {
+    "ours, float32": "llama.cpp, F32",
+    "ours, blocks in bfloat16": "llama.cpp, BF16",
+    "ours, int8": "llama.cpp, Q8_0",
+}
 
 
 @dataclasses.dataclass

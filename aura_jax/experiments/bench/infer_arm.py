@@ -186,9 +186,9 @@ def _run(about: Mapping[str, Any], workdir: str, merged: bool, as_trained: bool 
         assert built.model.config.lora is not None
         llm = merge(variables["params"]["llm"], variables["lora"]["llm"], built.model.config.lora)
         variables = {"params": variables["params"] | {"llm": llm}}
-    size = _weight_bytes(variables["params"]["llm"]) + _weight_bytes(variables.get("lora", {}))
     weights = Weights(built.model, variables)
-    return built, lambda system, n: Generator(system, weights, batch_size=len(about["batch"]), max_new_tokens=n), size
+    make = lambda system, n: Generator(system, weights, batch_size=len(about["batch"]), max_new_tokens=n)
+    return built, make, _weight_bytes(make(built, 1), is_spoken=True)
 
 
 def _listening(about: Mapping[str, Any], workdir: str, merged: bool) -> tuple[System, _Make, int]:
@@ -245,14 +245,15 @@ def _llm(
     plain = plain_generator(values)
     n_rows, weights = len(about["batch"]), Weights(plain.system.model, plain.variables)
     make = lambda system, n: Generator(system, weights, batch_size=n_rows, max_new_tokens=n, adapters_on_text=False)
-    return plain.system, make, _weight_bytes(plain.variables["params"]["llm"])
+    return plain.system, make, _weight_bytes(make(plain.system, 1), is_spoken=False)
 
 
-def _weight_bytes(tree: Mapping[str, Any]) -> int:
+def _weight_bytes(generator: Generator, is_spoken: bool) -> int:
     """Returns the bytes of the weights that a token's step reads: all but an embedding that is not also the head."""
-    flat = sharding.flatten(dict(tree))
-    untied = any(path.startswith("lm_head/") for path in flat)
-    return sum(x.nbytes for path, x in flat.items() if not (untied and path.startswith("embed/")))
+    variables, program = generator.held(generator.program(is_spoken, n_new=1), n_rows=1)
+    flat = sharding.flatten({name: tree["llm"] for name, tree in program.visible(variables).items() if "llm" in tree})
+    untied = any(path.startswith("params/lm_head/") for path in flat)
+    return sum(x.nbytes for path, x in flat.items() if not (untied and path.startswith("params/embed/")))
 
 
 if __name__ == "__main__":
