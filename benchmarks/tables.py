@@ -246,6 +246,15 @@ def decode(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def streaming(results: dict[str, Any]) -> str:
+    """Returns the error rates of results/streaming.json: a column a test set, means over seeds with the range."""
+    runs = results["runs"]
+    sets = runs[0]["sets"]
+    lines = _head([f"WER %, {len(runs)} seeds", *(f"{name} ({of['n']} clips)" for name, of in sets.items())])
+    cells = [spread([run["sets"][name]["wer"]["value"] for run in runs], 100) for name in sets]
+    return "\n".join([*lines, _row(["heard while it is spoken", *cells])]) + "\n"
+
+
 def pods(results: dict[str, Any]) -> str:
     """Returns the table of results/pods.json: a row a config and slice; empty where it was not compiled yet."""
     found = results["results"]
@@ -310,6 +319,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "infer_times": ("infer", _cells(infer_report.times_rows)),
     "infer_decode": ("infer", _cells(infer_report.decode_rows)),
     "decode": ("decode", decode),
+    "streaming": ("streaming", streaming),
     "ablations": ("ablations", ablations),
     "data": ("data", data),
     "interop": ("interop", interop),
