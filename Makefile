@@ -10,7 +10,7 @@ help:
 	@echo "make smoke        the same on random tiny models, in a minute or two"
 	@echo "make test         everything that can be tested on a CPU"
 	@echo "make test-fast    the part of it that takes two to three minutes"
-	@echo "make test-pods    what the flagship configs need on whole TPU slices, compiled without one (an hour)"
+	@echo "make test-pods    what the flagship configs need on whole TPU slices, compiled without one, if pods.json lacks it"
 	@echo "make lint         ruff and pyright"
 
 quickstart: $(VENV)/core

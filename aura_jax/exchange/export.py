@@ -9,7 +9,7 @@ template, readable torch sources that need nothing of this package, and a model 
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def export_run(
     which: str = "best",
     dtype: str | None = None,
     force: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Path:
     """Writes a run's model to the folder `output`, whole or not at all, and returns that folder.
 
@@ -53,9 +54,12 @@ def export_run(
       dtype: of the LLM's weights in `hf` and `merged`, one of `DTYPES`; None: as the run held them, or computed with
         them if it held them in int8. What is written is then not int8, but the weights that it was made of.
       force: write `merged` for a run whose mask over audio a plain LLM runtime does not apply.
+      overrides: `--config.KEY=VALUE` for what this machine needs other than the run did, such as mesh.*; what is
+        written does not know of them.
 
     Raises:
-      UserError: a format that cannot express the run, an output that is not empty, or a disk that refuses.
+      UserError: a format that cannot express the run, an output that is not empty, a disk that refuses, or as
+        `checkpoint.load_for_inference`.
     """
     if format not in FORMATS:
         raise UserError(f"unknown --format {format!r}: {nearest(format, FORMATS)}")
@@ -67,10 +71,11 @@ def export_run(
         raise UserError(f"--force is for the format merged, not {format}: drop it")
     check_free(output)
     step, meta = checkpoint.inference_meta(workdir, which)
-    _check(config.from_json(workdir / "config.json"), meta, format, force)
+    of_run = config.from_json(workdir / "config.json")
+    _check(of_run, meta, format, force)
 
-    built, variables = checkpoint.load_for_inference(workdir, which)
-    about = describe(built, "lora" in variables, meta, step)
+    built, variables = checkpoint.load_for_inference(workdir, which, overrides)
+    about = describe(dataclasses.replace(built, config=of_run), "lora" in variables, meta, step)
     kind = dtype or str(float_dtype(built.model.param_dtype, built.model.dtype))
     if built.model.param_dtype == jnp.int8 and format != "peft":
         variables["params"]["llm"] = _original_llm(built, kind)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aura_jax.errors import UserError
-from aura_jax.verbs.verb import CONFIG_HELP, Verb, add_which, add_workdir, make_folder
+from aura_jax.verbs.verb import CONFIG_HELP, OVERRIDE_HELP, Verb, add_which, add_workdir, make_folder
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +17,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add_which(parser)
 
 
-def _export(args: argparse.Namespace, _: Sequence[str]) -> int:
+def _export(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from aura_jax.exchange.export import export_run
 
-    export_run(args.workdir, args.output, args.format, which=args.which, dtype=args.dtype, force=args.force)
+    how = {"which": args.which, "dtype": args.dtype, "force": args.force, "overrides": overrides}
+    export_run(args.workdir, args.output, args.format, **how)
     print(f"{args.format}: {args.output} (its README.md says how to use it)")
     return 0
 
@@ -66,9 +67,10 @@ VERBS = {
         "  peft    the adapter for peft.PeftModel.from_pretrained on the untouched base, and the audio embedder\n"
         "  hf      everything, for AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)\n"
         "  merged  a plain Llama or Qwen directory with LoRA folded in, and the audio embedder\n\n"
-        "docs/pytorch.md says who should use which.",
+        "docs/pytorch.md says who should use which.\n\n" + OVERRIDE_HELP,
         _export_arguments,
         _export,
+        takes_config=True,
     ),
     "import": Verb(
         "from PyTorch: a PEFT adapter, an hf export, or an LLM, to a new workdir",

@@ -121,6 +121,14 @@ def test_the_run_s_chat_template_travels(workdir, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == template
 
 
+def test_a_machine_with_another_number_of_devices(workdir, tmp_path):
+    changed = variant(workdir, tmp_path / "run", mesh__fsdp=16)
+    with pytest.raises(UserError, match=r"fsdp=16.*change mesh"):
+        export.export_run(changed, tmp_path / "out", "peft")
+    folder = export.export_run(changed, tmp_path / "out", "peft", overrides=["--config.mesh.fsdp=1"])
+    assert json.loads((folder / export.AUDIO_CONFIG).read_text())["run"]["mesh"]["fsdp"] == 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "changes", "match"),
     [
