@@ -79,7 +79,9 @@ class AnswerText:
             n -= 1
         text = self._decode(tokens[:n]).rstrip("\ufffd")  # a character whose last bytes are to come
         if getattr(self._tokenizer, "clean_up_tokenization_spaces", False):
-            text = text.rpartition(" ")[0].rstrip(" ")  # "do n", when "'t" follows, is "don't"
+            # "do n", when "'t" follows, is "don't", and so is "do n '", when " t" does.
+            text, _, last = text.rpartition(" ")
+            text = (text.rpartition(" ")[0] if last == "'" else text).rstrip(" ")
         return text
 
     def _first_stop(self, text: str) -> int | None:

@@ -85,6 +85,13 @@ def test_pieces_are_certain_and_any_number_at_a_time_gives_the_same(kind, data):
         assert answer.tokens == read(tokenizer, tokens, stop, 2)[0].tokens
 
 
+def test_a_space_that_goes_when_its_neighbour_has_gone_is_held_back():
+    tokenizer, _ = KINDS["clean-up"]
+    vocab = tokenizer.get_vocab()
+    texts = read(tokenizer, [vocab[piece] for piece in ("a", "▁n", "▁'", "▁t")], [], 1)[1]
+    assert texts == ["", "a", "a", "an't"]
+
+
 def told(stop: list[str], *pieces: str) -> list[str]:
     """Returns the text after each of the pieces of the byte-level tokenizer."""
     tokenizer, _ = KINDS["byte level"]
