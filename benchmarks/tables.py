@@ -252,7 +252,7 @@ def streaming(results: dict[str, Any]) -> str:
     sets = runs[0]["sets"]
     lines = _head([f"WER %, {len(runs)} seeds", *(f"{name} ({of['n']} clips)" for name, of in sets.items())])
     cells = [spread([run["sets"][name]["wer"]["value"] for run in runs], 100) for name in sets]
-    return "\n".join([*lines, _row(["heard while it is spoken", *cells])]) + "\n"
+    return "\n".join([*lines, _row(["trained to stream", *cells])]) + "\n"
 
 
 def pods(results: dict[str, Any]) -> str:
