@@ -234,6 +234,7 @@ def score_answered(hypotheses: Sequence[str], questions: Sequence[Accepted], see
 
 
 # Every score that a set may have: its title, and what it is multiplied by to be shown.
+ERRORS = frozenset({"wer", "cer", "unparsable"})  # of all scores, these are better when they are lower
 COLUMNS = {
     "wer": ("WER %", 100),
     "cer": ("CER %", 100),

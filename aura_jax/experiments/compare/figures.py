@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from aura_jax.evaluate.score import COLUMNS, ERRORS
+from aura_jax.experiments.compare.summary import metric_of
 from aura_jax.report import theme
 from aura_jax.report.theme import INK, LINE, PAGE, SMALL, SOFT, TEXT, WIDE
 
@@ -74,6 +76,16 @@ def _key(owner: Figure, lines: Sequence[Sequence[str]], colours: Mapping[str, st
             x += _room(name)
 
 
+def _scores(ax: Axes, metric: str, highest: float) -> None:
+    """Dresses the upward axis for one of `COLUMNS`."""
+    label, _ = COLUMNS[metric]
+    if metric in ERRORS:
+        _rates(ax, highest, label)
+    else:
+        ax.set_ylim(0, max(highest * 1.08, 1.0))
+        ax.set_ylabel(label, labelpad=4)
+
+
 def _rates(ax: Axes, highest: float, label: str) -> None:
     """Dresses the upward axis: rates in percent, by their square roots, so that small ones can be told apart."""
     ax.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
@@ -107,25 +119,26 @@ def _best_first_token(system: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def quality_over_first_token(summary: Summary, seconds: str = "2", width: float = WIDE) -> Figure:
-    """The word error rate of every set against the time to the first token of a clip of so many seconds."""
+    """The first score of every set against the time to the first token of a clip of so many seconds."""
     colours = _colours(summary)
-    sets = [name for name in summary["sets"] if any("wer" in s["sets"][name] for s in summary["systems"].values())]
     shown = [name for name, of in summary["systems"].items() if _best_first_token(of)]
-    out, panels = _panels(sets, shown, colours, width)
-    for ax, name in zip(panels, sets, strict=True):
+    out, panels = _panels(list(summary["sets"]), shown, colours, width)
+    for ax, name in zip(panels, summary["sets"], strict=True):
+        metric = metric_of(summary, name)
+        scale = COLUMNS[metric][1]
         points = {}
         for system, of in summary["systems"].items():
-            wer, first = of["sets"][name].get("wer"), _best_first_token(of)
-            if wer is not None and first is not None:
-                points[system] = 1000 * first[seconds]["median"], wer
+            score, first = of["sets"][name].get(metric), _best_first_token(of)
+            if score is not None and first is not None:
+                points[system] = 1000 * first[seconds]["median"], score
         if not points:
             continue
         times = [x for x, _ in points.values()]
         _logarithmic(ax.xaxis, min(times) / 1.4, max(times) * 1.4, _MILLISECONDS, _PLAIN)
-        _rates(ax, 100 * max(wer["high"] for _, wer in points.values()), "WER, %")
-        for system, (x, wer) in points.items():
-            ax.vlines(x, 100 * wer["low"], 100 * wer["high"], color=colours[system], lw=2, alpha=0.5, zorder=2)
-            ax.plot([x], [100 * wer["mean"]], "o", ms=9, color=colours[system], mec=PAGE, mew=1.5, zorder=3)
+        _scores(ax, metric, scale * max(score["high"] for _, score in points.values()))
+        for system, (x, score) in points.items():
+            ax.vlines(x, scale * score["low"], scale * score["high"], color=colours[system], lw=2, alpha=0.5, zorder=2)
+            ax.plot([x], [scale * score["mean"]], "o", ms=9, color=colours[system], mec=PAGE, mew=1.5, zorder=3)
         ax.set_xlabel(f"first token of a clip of {seconds} s, ms", labelpad=2)
     return out
 
@@ -188,7 +201,7 @@ def first_tokens(summary: Summary, width: float = WIDE) -> Figure:
 
 
 def noise(summary: Summary, width: float = WIDE) -> Figure:
-    """The word error rate over the level of each kind of noise; "clean" is the set as it is."""
+    """The first score of a set over the level of each kind of noise; "clean" is the set as it is."""
     colours = _colours(summary)
     names = dict.fromkeys(
         (name, kind)
@@ -199,19 +212,19 @@ def noise(summary: Summary, width: float = WIDE) -> Figure:
     shown = [name for name, of in summary["systems"].items() if of.get("noise")]
     out, panels = _panels([f"{kind}, {name}" for name, kind in names], shown, colours, width)
     for ax, (name, kind) in zip(panels, names, strict=True):
-        highest = 0.0
+        metric, highest = metric_of(summary, name), 0.0
         for system, of in summary["systems"].items():
             levels = of.get("noise", {}).get(name, {}).get(kind)
-            if not levels or "wer" not in of["sets"][name]:
+            if not levels or metric not in of["sets"][name]:
                 continue
-            heard = [of["sets"][name]["wer"], *(level["wer"] for level in levels.values())]
+            heard = [of["sets"][name][metric], *(level[metric] for level in levels.values())]
             ticks = ["clean", *levels]
-            y = [min(100 * wer["mean"], _RATES[-1]) for wer in heard]
+            y = [min(COLUMNS[metric][1] * score["mean"], _RATES[-1]) for score in heard]
             ax.plot(range(len(y)), y, color=colours[system], lw=1.6, marker="o", ms=4, zorder=3)
             ax.set_xticks(range(len(ticks)), ticks)
             highest = max(highest, *y)
         ax.set_xlabel("signal to noise, dB", labelpad=2)
-        _rates(ax, highest, "WER, %")
+        _scores(ax, metric, highest)
     return out
 
 

@@ -17,12 +17,11 @@ def drawings(summary: Mapping[str, Any]) -> dict[str, Drawing]:
     has = lambda key: any(system.get(key) for system in systems)
     out: dict[str, Drawing] = {}
     timed = any((system.get("timing") or {}).get("first_token") for system in systems)
-    if timed and any("wer" in of_set for system in systems for of_set in system["sets"].values()):
+    if timed:
         out["quality"] = (
-            "Word error rate against the time to the first token",
+            "Scores against the time to the first token",
             lambda width: figures.quality_over_first_token(summary, width=width),
         )
-    if timed:
         out["first-token"] = (
             "Time to the first token over seconds of speech",
             lambda width: figures.first_tokens(summary, width),
@@ -33,7 +32,7 @@ def drawings(summary: Mapping[str, Any]) -> dict[str, Drawing]:
             lambda width: figures.learning(summary, width),
         )
     if has("noise"):
-        out["noise"] = ("Word error rate in noise", lambda width: figures.noise(summary, width))
+        out["noise"] = ("Scores in noise", lambda width: figures.noise(summary, width))
     if has("similarity"):
         out["alignment"] = (
             "CKA of LLM blocks with teacher blocks, of each system",

@@ -39,6 +39,11 @@ def summarise(results: Sequence[Result], timing: Mapping[str, Any]) -> dict[str,
     }
 
 
+def metric_of(summary: Mapping[str, Any], of_set: str) -> str:
+    """Returns the first of the scores that a set has: of transcripts the word error rate."""
+    return next(key for key in COLUMNS if any(key in system["sets"][of_set] for system in summary["systems"].values()))
+
+
 def _system(results: Sequence[Result]) -> dict[str, Any]:
     """Returns what is known of one system at equal steps.
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aura_jax.evaluate.score import COLUMNS
+from aura_jax.experiments.compare.summary import metric_of
 
 _FIRST_TOKEN = ("2", "10")  # seconds of speech
 
@@ -15,7 +16,7 @@ def rows(summary: Mapping[str, Any], budget: str = "steps") -> list[list[str]]:
       summary: of `summary.summarise`.
       budget: "time" for what the systems learnt in equal time; those that have no such result are left out.
     """
-    metrics = {name: _metric(summary, name) for name in summary["sets"]}
+    metrics = {name: metric_of(summary, name) for name in summary["sets"]}
     head = ["system", "seeds", "steps", *(f"{COLUMNS[metric][0]}, {name}" for name, metric in metrics.items())]
     head += [f"first token of {seconds} s, ms" for seconds in _FIRST_TOKEN]
     head += ["trained, M", "a schedule, min", "peak training, GiB", "peak answering, GiB"]
@@ -37,11 +38,6 @@ def rows(summary: Mapping[str, Any], budget: str = "steps") -> list[list[str]]:
         cells += [f"{memory[what]:.1f}" if memory.get(what) else "-" for what in ("steps", "answers")]
         out.append(cells)
     return out
-
-
-def _metric(summary: Mapping[str, Any], of_set: str) -> str:
-    """Returns the first of the scores that a set has: of transcripts the word error rate."""
-    return next(key for key in COLUMNS if any(key in system["sets"][of_set] for system in summary["systems"].values()))
 
 
 def text(summary: Mapping[str, Any]) -> str:
