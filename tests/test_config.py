@@ -1,6 +1,7 @@
 """The configuration: files, overrides, and one clear line for every mistake in them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_a_file_may_import_its_neighbours(file, tmp_path):
     Path(file()).rename(tmp_path / "base.py")
     text = f"from {tmp_path.name} import base\ndef get_config():\n    c = base.get_config()\n    BODY\n    return c\n"
     assert config.load([f"--config={file('c.seed = 3', text)}"]).seed == 3
+
+
+def test_a_file_s_neighbours_are_those_of_its_own_checkout(file, tmp_path, monkeypatch):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for root, seed in ((mine, 3), (other, 4)):
+        (root / "of_two_checkouts").mkdir(parents=True)
+        Path(file(f"c.seed = {seed}")).rename(root / "of_two_checkouts" / "base.py")
+    text = "from of_two_checkouts import base\n\n\ndef get_config():\n    return base.get_config()\n"
+    (mine / "of_two_checkouts" / "one.py").write_text(text)
+    for root in (mine, other):  # the other is before what is appended
+        monkeypatch.syspath_prepend(root)
+    before = list(sys.path)
+    assert config.load([f"--config={mine / 'of_two_checkouts' / 'one.py'}"]).seed == 3
+    assert sys.path == before
 
 
 def test_a_file_may_take_a_base(file, tmp_path):

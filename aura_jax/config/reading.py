@@ -110,9 +110,9 @@ def read(path: str) -> Config:
     path, colon, base = path.partition(":")
     if not Path(path).is_file():
         raise UserError(f"no config file {path}: configs/ holds the shipped ones")
-    # `from configs import quickstart`, also from a folder of configs/.
-    neighbours = [str(folder) for folder in Path(path).resolve().parents[1:3]]
-    sys.path.extend(neighbours)
+    # `from configs import quickstart`, also from a folder of configs/: this checkout's, even if another is installed.
+    before = list(sys.path)
+    sys.path[:0] = [str(folder) for folder in Path(path).resolve().parents[1:3]]
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -130,8 +130,7 @@ def read(path: str) -> Config:
         where = f"{path}:{lines[-1]}" if lines else path
         raise UserError(f"{where}: {_one_line(error)}") from error
     finally:
-        for folder in neighbours:
-            sys.path.remove(folder)
+        sys.path[:] = before
     return config
 
 
