@@ -1,9 +1,11 @@
-"""Spoken questions: half of the quickstart's recipe goes on commands to write down, half on questions to answer.
+"""Spoken questions and commands, answered: all that it learns is what the LLM itself says to their text (KD).
 
-The answers to learn from are the LLM's own. This writes them:
+These write what it says:
 
-    aura-jax data continue sample_data/questions/train.jsonl --config=configs/questions.py --prompt "" \
-        --max-new-tokens 96 --output runs/questions/train.jsonl
+    aura-jax data continue sample_data/questions/train.jsonl --config=configs/questions.py \
+        --output runs/questions/questions.jsonl
+    aura-jax data continue sample_data/commands/train.jsonl --config=configs/questions.py \
+        --max-new-tokens 48 --output runs/questions/commands.jsonl
 """
 
 from configs import quickstart
@@ -11,14 +13,15 @@ from configs import quickstart
 
 def get_config():
     c = quickstart.get_config()
-    c.data.prompt = "Repeat what I said."  # after a command; a question is a turn by itself
-    # Some 1,600 and 230 clips.
-    c.data.train = (("sample_data/commands/train.jsonl", 1.0), ("runs/questions/train.jsonl", 7.0))
+    # Some 1,450 and 230 clips. A command, or a question, is a turn by itself.
+    c.data.train = (("runs/questions/commands.jsonl", 1.0), ("runs/questions/questions.jsonl", 6.0))
+    c.data.prompt = ""
+    c.kd.temperature = 2.0
+    c.train.stages.joint.objectives.update(lm=0.0, response_kd=1.0)
     c.eval.sets = {
         "new voices": "sample_data/questions/test_new_voices.jsonl",
         "new questions": "sample_data/questions/test_new_questions.jsonl",
         "new voices and questions": "sample_data/questions/test_new_voices_and_questions.jsonl",
-        "commands, new voices": "sample_data/commands/test_new_voices.jsonl",
     }
     c.eval.max_new_tokens = 96
     return c

@@ -204,6 +204,11 @@ def stages(config: Config) -> list[tuple[str, ConfigDict]]:
     return out
 
 
+def answer_objective(config: Config) -> str:
+    """Returns what teaches a config's answers: "response_kd" if its last stage has that, and "lm" otherwise."""
+    return "response_kd" if config.train.stages[config.train.schedule[-1]].objectives.response_kd else "lm"
+
+
 def total_steps(config: Config) -> int:
     steps = sum(config.train.stages[name].steps for name in config.train.schedule)
     return min(steps, config.train.steps) if config.train.steps else steps

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aura_jax import config as config_lib
 from aura_jax import system
 from aura_jax.config import Config
 from aura_jax.data.manifest import load_manifest
@@ -20,11 +21,12 @@ COMMITTED = Path("benchmarks/results/quickstart.json")
 
 
 def without_distillation(config: Config) -> Config:
-    """Returns the same run, step for step, with the language-model loss in place of distillation."""
+    """Returns the same run, step for step, with what teaches its answers in place of distillation."""
     out = config.copy_and_resolve_references()
+    answers = config_lib.answer_objective(config)
     for name in out.train.schedule:
         objectives = out.train.stages[name].objectives
-        objectives.lm, objectives.distill = 1.0, 0.0
+        objectives.update({answers: 1.0, "distill": 0.0})
         out.train.stages[name].clip_norm = 1.0
     return out
 

@@ -12,4 +12,5 @@ def get_config(base: str = quickstart.__file__):
     """`base`: as of `bridge`."""
     c = bridge.get_config(base)
     c.embedder.update(kind="conv", token_rate=6.25, hidden=512)
+    c.train.stages.adapter.objectives.update(lm=1.0, response_kd=0.0)
     return c

@@ -1,10 +1,10 @@
 """A serial bridge, after Ultravox: Whisper's encoder, stacked frames, a SwiGLU, a frozen LLM.
 
-It learns to transcribe, from the transcripts. KD on the answer would teach what the LLM does with the text of the same
-words, and no small LLM repeats them on demand.
+What teaches it is what teaches the base's answers: transcripts, or, as Ultravox has it, KD on what the LLM itself says
+(a base such as configs/questions.py). KD cannot teach to transcribe: no small LLM repeats what it read on demand.
 """
 
-from aura_jax.config import read, stage, total_steps
+from aura_jax.config import answer_objective, read, stage, total_steps
 from configs import quickstart
 
 
@@ -16,9 +16,8 @@ def get_config(base: str = quickstart.__file__):
     c.lora.update(n_blocks=0, text_energy=1.0)
     c.embedder.kind = "stack"
     c.data.text_pool = ""  # nothing changes the LLM's text
-    c.kd.temperature = 2.0  # as Ultravox, where a stage turns KD on
+    c.kd.temperature = 2.0  # as Ultravox
     c.trainable = (("params/embedder/(?!text_rms)", 1.0),)
-    steps = total_steps(c)
-    c.train.schedule = ("adapter",)
-    c.train.stages = {"adapter": stage(steps, 1e-3, {"lm": 1.0})}
+    only = stage(total_steps(c), 1e-3, {answer_objective(c): 1.0})
+    c.train.schedule, c.train.stages = ("adapter",), {"adapter": only}
     return c

@@ -8,5 +8,5 @@ def get_config(base: str = quickstart.__file__):
     """`base`: as of `bridge`."""
     c = bridge.get_config(base)
     c.model.mask = "causal"
-    c.train.stages.adapter.objectives.update(lm=0.0, embedding_l2=1.0, hidden_l2=1.0)
+    c.train.stages.adapter.objectives.update(lm=0.0, response_kd=0.0, embedding_l2=1.0, hidden_l2=1.0)
     return c

@@ -1,4 +1,4 @@
-"""Encoder-free without distillation: AuRA, step for step, with the language-model loss in place of the teacher's."""
+"""Encoder-free without distillation: AuRA, step for step, with the loss of its answers in place of the teacher's."""
 
 from aura_jax.config import read
 from aura_jax.experiments.quickstart import without_distillation

@@ -77,6 +77,29 @@ def test_systems_take_models_data_and_steps_from_the_base(planned, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "base", "last"),
+    [
+        ("aura", "quickstart", {"lm", "distill", "text_anchor"}),
+        ("aura", "questions", {"response_kd", "distill", "text_anchor"}),
+        ("mel_llm", "quickstart", {"lm", "text_anchor"}),
+        ("mel_llm", "questions", {"response_kd", "text_anchor"}),
+        ("bridge", "quickstart", {"lm"}),
+        ("bridge", "questions", {"response_kd"}),
+        ("blsp", "questions", {"lm"}),
+        ("blsp_kd", "quickstart", {"lm", "input_kd", "quantity"}),
+        ("blsp_kd", "questions", {"response_kd", "input_kd", "quantity"}),
+        ("diva", "questions", {"embedding_l2", "hidden_l2"}),
+    ],
+)
+def test_a_base_that_answers_questions_teaches_each_system_by_what_the_llm_says(name, base, last):
+    train = config.load([f"--config=configs/systems/{name}.py:configs/{base}.py"]).train
+    objectives = [{key for key, weight in train.stages[stage].objectives.items() if weight} for stage in train.schedule]
+    assert objectives[-1] == last
+    if name == "mel_llm":
+        assert objectives[0] == last - {"text_anchor"}
+
+
+@pytest.mark.parametrize(
     ("systems", "match"),
     [
         (["brigde"], r"unknown system 'brigde': did you mean 'bridge'\?"),

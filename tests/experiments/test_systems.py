@@ -35,8 +35,8 @@ def tiny(tiny_llm_dir, tiny_whisper_dir, sample_data, tmp_path):
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def make(name: str) -> config.Config:
-        c = importlib.import_module(f"configs.systems.{name}").get_config()
+    def make(name: str, *base: str) -> config.Config:
+        c = importlib.import_module(f"configs.systems.{name}").get_config(*base)
         c.model.llm = str(tiny_llm_dir)
         for key in ("teacher", "encoder"):
             if c.model[key]:
@@ -95,6 +95,16 @@ def test_a_system_trains_resumes_answers_and_is_scored(tiny, name, tmp_path, cap
 
     assert cli.main(["eval", "--workdir", str(tmp_path / "whole"), "--json", str(tmp_path / "scores.json")]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["rows"]["n"] == 12
+
+
+def test_a_bridge_learns_what_the_llm_says(tiny, tmp_path):
+    c = tiny("bridge", "configs/questions.py")
+    source = Path(c.data.train[0][0])
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    source.write_text("".join(json.dumps(row | {"response": f"You said: {row['text']}"}) + "\n" for row in rows))
+    loop.train(c, tmp_path / "run")
+    losses = logged(tmp_path / "run")
+    assert losses[1].keys() == {"loss", "loss/response_kd"} and losses[8]["loss"] < losses[1]["loss"]
 
 
 def test_the_example_of_new_system_md_trains_and_answers(tiny, tmp_path, monkeypatch):
