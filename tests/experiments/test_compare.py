@@ -54,6 +54,7 @@ def times(seconds: float, schedule: float, *ways: str) -> dict:
 TIMING = {
     "command": "a command that times",
     "machine": "a machine",
+    "in_turns": True,
     "systems": {"aura": times(0.03, 600, "separate", "merged")},
 }
 
@@ -267,6 +268,44 @@ def test_a_table_shows_what_its_sets_are_scored_by_and_intervals_are_those_that_
     one["scores"]["text"] = {"adapters": "request", **text}
     html = page.render(summary.summarise([one], {**TIMING, "systems": {}}))
     assert "questions.mean" in html and "questions.low" not in html  # nothing was measured that says how sure it is
+
+
+@pytest.mark.parametrize(("backend", "most"), [("cpu", 3), ("gpu", 3), ("tpu", 1)])
+def test_where_a_device_belongs_to_one_process_each_system_is_timed_alone(planned, monkeypatch, backend, most):
+    alive, counts = [], []
+
+    class FakeWorker:
+        def __init__(self, command, environment, log):
+            self._name = log.stem
+            alive.append(self._name)
+            counts.append(len(alive))
+
+        def ask(self, do, **arguments):
+            slow = 3.0 if self._name == "bridge" else 1.0
+            return {
+                "backend": {"backend": backend},
+                "load": {"adapters": ["merged"]},
+                "answer": {"seconds": slow * arguments.get("length", 0)},
+                "prepare_steps": {"stages": ["adapter"] if self._name == "bridge" else ["distil", "joint"]},
+                "step": {"seconds": slow},
+                "peak": {"since_watch": 2**30},
+            }.get(do, {})
+
+        def close(self):
+            alive.remove(self._name)
+
+    monkeypatch.setattr(timing, "Worker", FakeWorker)
+    systems = {job.system: job.config for job in planned("aura", "bridge", "cascade")}
+    found = timing.measure(systems, "a command", {})
+    assert max(counts) == most and not alive
+    assert found["in_turns"] == (most > 1) and list(found["systems"]) == list(systems)
+    first = {name: of["first_token"]["merged"]["2"] for name, of in found["systems"].items()}
+    assert {name: (of["median"], of["times"]["median"]) for name, of in first.items()} == {
+        **{"aura": (2.0, 1.0), "bridge": (6.0, 3.0), "cascade": (2.0, 1.0)}
+    }
+    assert found["systems"]["bridge"]["schedule_seconds"] == 3 * config.total_steps(systems["bridge"])
+    html = page.render(summary.summarise([result(name, 0, 0.5) for name in systems], found))
+    assert ("A TPU belongs to one process" in html) == (backend == "tpu")
 
 
 def test_nothing_to_train_is_nothing_to_time(planned, tmp_path):

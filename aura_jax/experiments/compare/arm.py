@@ -85,6 +85,10 @@ class Arm:
             merged = {**params, "llm": merge(params["llm"], student["lora"]["llm"], lora)}
             self._answers["merged"] = one({"params": merged})
 
+    def backend(self) -> dict[str, str]:
+        """Returns what kind of device computes."""
+        return {"backend": jax.default_backend()}
+
     def answer(self, adapters: str, length: float) -> dict[str, Any]:
         """Returns the wall time from a clip of so many seconds to the first token of its answer."""
         start = time.perf_counter()

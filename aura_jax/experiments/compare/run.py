@@ -106,7 +106,7 @@ def _timed(
         systems.setdefault(job.system, job.config)
     wanted = {name: json.loads(config_lib.to_json(c)) for name, c in systems.items() if name not in timing.UNTIMED}
     try:
-        nothing = {"command": command, "machine": machine.describe(), "systems": {}}
+        nothing = {"command": command, "machine": machine.describe(), "in_turns": True, "systems": {}}
         found = json.loads(file.read_text()) if file.is_file() else nothing
         have = {name: _completed(of["config"], file) for name, of in found["systems"].items()}
     except (ValueError, KeyError) as error:

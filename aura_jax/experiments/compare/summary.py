@@ -11,7 +11,7 @@ Result = Mapping[str, Any]
 
 
 def summarise(results: Sequence[Result], timing: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"sets": {name: clips}, "first", "systems": {name: of `_system`}, "command", "machine", "timing"}.
+    """Returns {"sets": {name: clips}, "first", "systems": {name: of `_system`}, "commands", "machine", "in_turns"}.
 
     Args:
       results: of the jobs, of equal steps and of equal time; systems keep the order in which they come first.
@@ -36,6 +36,7 @@ def summarise(results: Sequence[Result], timing: Mapping[str, Any]) -> dict[str,
         "systems": systems,
         "commands": list(dict.fromkeys([*(result["command"] for result in results), timing["command"]])),
         "machine": timing["machine"],
+        "in_turns": timing["in_turns"],
     }
 
 

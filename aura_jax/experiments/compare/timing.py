@@ -1,6 +1,7 @@
 """How fast the systems of a comparison answer and train, side by side: they take turns, one computes at a time.
 
-What else the machine does slows all alike, so that what is to be trusted is a ratio.
+What else the machine does slows all alike, so that what is to be trusted is a ratio. A TPU belongs to one process:
+there each system is timed after the one before it.
 """
 
 import json
@@ -26,6 +27,7 @@ UNTIMED = ("oracle",)  # reads
 _ANSWERS, _STEPS, _BATCHES = 7, 5, 4  # rounds; batches of a stage, the same rows for all
 
 _Arm = TypeVar("_Arm")
+_Seconds = dict[tuple[str, str], dict[float, list[float]]]  # of each round, by system and adapters, and by length
 
 
 def measure(
@@ -42,26 +44,46 @@ def measure(
       lengths: of the clips, in seconds.
 
     Returns:
-      {"command", "machine", "systems": {name: {"config", "first_token": {adapters: {length: {"median",
-      "low", "high", and "times": of the same round of the first system with its first adapters}}}, "steps": {stage:
-      {"seconds": of one, "n": in the schedule}}, "schedule_seconds", "peak_memory_gib": {"answers", "steps"}}}}.
+      {"command", "machine", "in_turns": whether they took turns, "systems": {name: {"config", "first_token": {adapters:
+      {length: {"median", "low", "high", and "times": of the same round of the first system with its first adapters}}},
+      "steps": {stage: {"seconds": of one, "n": in the schedule}}, "schedule_seconds", "peak_memory_gib": {"answers",
+      "steps"}}}}.
       Seconds of a schedule are those of its steps; a system that learns nothing has none.
     """
     names = [name for name in systems if name not in UNTIMED]
     out: dict[str, Any] = {name: {"config": json.loads(config_lib.to_json(systems[name]))} for name in names}
-    with tempfile.TemporaryDirectory(prefix="aura-compare-") as folder, _started(names, Path(folder)) as workers:
-        about = {}
-        for name in tqdm(names, desc="loading"):
-            Path(folder, name).mkdir()
-            values = {"system": name, "config": out[name]["config"], "lengths": lengths, "padding": paddings.get(name)}
-            about[name] = workers[name].ask("load", **values, folder=str(Path(folder, name)))
-            workers[name].ask("watch")
-        first_tokens = _first_tokens(workers, about, lengths)
-        for name in names:
-            out[name]["first_token"] = first_tokens[name]
-            out[name]["peak_memory_gib"] = {"answers": _gib(workers[name])}
-        _steps({name: worker for name, worker in workers.items() if name not in UNTRAINED}, systems, out)
-    return {"command": command, "machine": machine.describe(), "systems": out}
+    seconds: _Seconds = {}
+    with tempfile.TemporaryDirectory(prefix="aura-compare-") as folder:
+        groups = _groups(names, Path(folder))
+        for group in groups:
+            with _started(group, Path(folder)) as workers:
+                about = {}
+                for name in tqdm(group, desc="loading"):
+                    place = Path(folder, name)
+                    place.mkdir()
+                    values = {"system": name, "config": out[name]["config"], "folder": str(place)}
+                    about[name] = workers[name].ask("load", **values, lengths=lengths, padding=paddings.get(name))
+                    workers[name].ask("watch")
+                seconds |= _first_tokens(workers, about, lengths)
+                for name in group:
+                    out[name]["peak_memory_gib"] = {"answers": _gib(workers[name])}
+                _steps({name: worker for name, worker in workers.items() if name not in UNTRAINED}, systems, out)
+    for (name, adapters), found in seconds.items():
+        of_first = next(iter(seconds.values()))
+        out[name].setdefault("first_token", {})[adapters] = {
+            f"{length:g}": spread(own) | {"times": spread(_ratios(own, of_first[length]))}
+            for length, own in found.items()
+        }
+    return {"command": command, "machine": machine.describe(), "in_turns": len(groups) < 2, "systems": out}
+
+
+def _groups(names: Sequence[str], folder: Path) -> list[Sequence[str]]:
+    """Returns the systems in groups that may hold the devices at once: all of them, or, on a TPU, each alone."""
+    if len(names) > 1:
+        with _started(names[:1], folder) as workers:
+            if workers[names[0]].ask("backend")["backend"] == "tpu":
+                return [[name] for name in names]
+    return [names]
 
 
 @contextmanager
@@ -75,26 +97,17 @@ def _started(names: Sequence[str], folder: Path) -> Iterator[dict[str, Worker]]:
         yield workers
 
 
-def _first_tokens(
-    workers: Mapping[str, Worker], about: Mapping[str, Any], lengths: Sequence[float]
-) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+def _first_tokens(workers: Mapping[str, Worker], about: Mapping[str, Any], lengths: Sequence[float]) -> _Seconds:
     arms = [(name, adapters) for name in workers for adapters in about[name]["adapters"]]
-    seconds: dict[tuple[str, str, float], list[float]] = {(*arm, length): [] for arm in arms for length in lengths}
+    seconds: _Seconds = {arm: {length: [] for length in lengths} for arm in arms}
     # The first round compiles. Who goes first changes from round to round.
     for turn in tqdm(range(1 + _ANSWERS), desc="first tokens", unit="round"):
         for length in lengths:
             for name, adapters in _turned(arms, turn):
                 took = workers[name].ask("answer", adapters=adapters, length=length)["seconds"]
                 if turn:
-                    seconds[name, adapters, length].append(took)
-    out: dict[str, Any] = {name: {} for name in workers}
-    for name, adapters in arms:
-        out[name][adapters] = {
-            f"{length:g}": spread(seconds[name, adapters, length])
-            | {"times": spread(_ratios(seconds[name, adapters, length], seconds[*arms[0], length]))}
-            for length in lengths
-        }
-    return out
+                    seconds[name, adapters][length].append(took)
+    return seconds
 
 
 def _steps(workers: Mapping[str, Worker], systems: Mapping[str, Config], out: dict[str, Any]) -> None:
