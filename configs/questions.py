@@ -1,11 +1,11 @@
 """Spoken questions and commands, answered: all that it learns is what the LLM itself says to their text (KD).
 
-These write what it says:
+These write what it says, or how it begins to:
 
     aura-jax data continue sample_data/questions/train.jsonl --config=configs/questions.py \
-        --output runs/questions/questions.jsonl
+        --max-new-tokens 32 --output runs/questions/questions.jsonl
     aura-jax data continue sample_data/commands/train.jsonl --config=configs/questions.py \
-        --max-new-tokens 48 --output runs/questions/commands.jsonl
+        --max-new-tokens 32 --output runs/questions/commands.jsonl
 """
 
 from configs import quickstart

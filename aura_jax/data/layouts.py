@@ -209,8 +209,8 @@ def _files(clips: list[Clip]) -> Input:
 
 def _values(row: Row) -> dict[str, Any]:
     known = {key: getattr(row, key) for key in ("id", "text", "prompt", "response", "seconds")}
-    known = {key: value for key, value in known.items() if value is not None}
-    return {**known, **({"history": list(row.history)} if row.history else {}), **row.extra}
+    known |= {"history": list(row.history) or None, "ended": None if row.ended else False}
+    return {key: value for key, value in known.items() if value is not None} | dict(row.extra)
 
 
 def _librispeech(folder: Path) -> Iterator[Clip]:

@@ -36,6 +36,7 @@ class Row:
         where: "manifest:line", for error messages.
         id: the manifest's, or else the audio's path as the manifest has it, or "row-LINE".
         audio: absolute path of the clip, or address of its record in a shard; None = text-only.
+        ended: whether `response` is whole; of one that stops in the middle, the end is not to be learnt.
         seconds: length of the clip, if the manifest says; it may be rounded to milliseconds.
         header_seconds: what the clip's header said when it was packed; 0 = it could not be read.
         history: earlier turns of the conversation, each {"role": ..., "content": ...}.
@@ -48,6 +49,7 @@ class Row:
     text: str | None = None
     prompt: str | None = None
     response: str | None = None
+    ended: bool = True
     seconds: float | None = None
     header_seconds: float | None = None
     history: tuple[Mapping[str, str], ...] = ()
@@ -160,6 +162,10 @@ def parse_row(values: dict[str, Any], where: str, folder: Path, *, untranscribed
                 raise UserError(f"{where}: {key!r} is {json.dumps(seconds)}: give {least}, or leave it out")
             known[key] = float(seconds)
     known["history"] = _history(known["history"], where)
+    known["ended"] = values.pop("ended", True)
+    if not isinstance(known["ended"], bool):
+        shown = json.dumps(known["ended"])[:40]
+        raise UserError(f"{where}: 'ended' is {shown}: give false if 'response' stops in the middle, or leave it out")
 
     if known["audio"] is None:
         # Without this a mistyped 'audio' would make the row a plain text.

@@ -117,9 +117,10 @@ class ChatFormat:
         # verbose: a document may well be longer than the model's context, from which rows are cut
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def response(self, text: str) -> tuple[int, ...]:
-        """The ids of a response and of the end of its turn."""
-        return self.text(text) + self._end_ids
+    def response(self, text: str, ended: bool = True) -> tuple[int, ...]:
+        """The ids of a response and, if it `ended` or is empty, of the end of its turn."""
+        ids = self.text(text)
+        return ids + self._end_ids if ended or not ids else ids
 
     def conversation(self, turns: _Turns) -> tuple[int, ...]:
         """The ids of a whole conversation as the template renders it."""

@@ -57,7 +57,7 @@ def make_source(
         else:
             words = row.prompt if row.prompt is not None else prompt
             prefix, suffix = chat.encode(words, row.audio is not None, row.history)
-            target = chat.response(row.target)
+            target = chat.response(row.target, row.ended)
         prefixes.append(prefix)
         suffixes.append(suffix)
         targets.append(target)

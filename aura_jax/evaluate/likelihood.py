@@ -80,7 +80,7 @@ def likelihood(
             batch = [rows[int(i)] for i in places]
             spoken = [_spoken(request) for request in pool.map(read_request, batch)]
             written = [Request(prompt=row.prompt, history=row.history, transcript=row.text) for row in batch]
-            answers = [system.chat.response(row.target) for row in batch]
+            answers = [system.chat.response(row.target, row.ended) for row in batch]
             sums_3xN[:, places] = _compare(hears, reads, spoken, written, answers)
             tokens_N[places] = [len(answer) for answer in answers]
             bar.update(len(batch))

@@ -92,7 +92,7 @@ def write(
     part: Part | None = None,
     progress: bool = True,
 ) -> Report:
-    """Writes the manifest with `response`, and the `prompt` that asked for it, in every speech row.
+    """Writes the manifest with `response`, its `ended`, and the `prompt` that asked for it, in every speech row.
 
     The LLM is asked as training asks it, with the transcript in the place of the audio. No audio is read; paths are
     made relative to the new manifest.
@@ -131,7 +131,7 @@ def write(
         },
         names=_NAMES,
         load=lambda: _load(lines, config, asked, sampling, n_new),
-        values=lambda reply: {"prompt": asked, "response": reply.response},
+        values=lambda reply: {"prompt": asked, "response": reply.response, "ended": reply.ended},
         # The longest first: what does not fit the memory is known at once.
         order=lambda place: -len(lines[place].row.text or ""),
     )

@@ -59,6 +59,7 @@ def test_rows(write, tmp_path):
         ({"text": ""}, "neither speech nor text"),
         ({"audio": "nowhere/a.wav", "text": "a"}, "the folder .*nowhere of 'audio' does not exist"),
         ({"prompt": "a", "response": "b", "history": "c"}, "'history' is not a list"),
+        ({"prompt": "a", "response": "b", "ended": "no"}, "'ended' is \"no\": give false"),
         ({"prompt": "a", "response": "b", "history": [{"role": "user", "content": "c"}]}, "whole exchanges"),
         ({"prompt": "a", "response": "b", "history": [{"role": "assistant"}, {}]}, "turn 1 is not one of 'user'"),
     ],

@@ -63,6 +63,16 @@ def test_a_record_holds_the_line_and_the_bytes_of_the_file(manifest, tmp_path):
         )
 
 
+def test_a_conversation_and_a_response_that_was_cut_stay_what_they_are(manifest, tmp_path):
+    history = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[1] |= {"response": "One, two,", "ended": False, "history": history}
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    run(manifest, tmp_path / "out")
+    first, second, *_ = load_manifest(tmp_path / "out")
+    assert (first.ended, first.history, second.ended, second.history) == (True, (), False, tuple(history))
+
+
 def test_the_same_input_gives_the_same_shards(manifest, tmp_path):
     run(manifest, tmp_path / "one")
     run(manifest, tmp_path / "two", n_processes=2)

@@ -86,6 +86,13 @@ def test_batches_hold_the_planned_rows(rows, chat, layout):
                     assert words == f"<|im_start|>user\n{row.prompt}<|im_end|>\n<|im_start|>assistant\n{row.response}"
 
 
+def test_the_end_of_a_response_that_was_cut_is_no_target(tmp_path, chat):
+    lines = [{"prompt": "Count.", "response": "One, two,", "ended": ended} for ended in (True, False)]
+    (tmp_path / "cut.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    whole, cut = make_source(load_manifest(tmp_path / "cut.jsonl"), chat).response_ids
+    assert whole[: len(cut)] == cut == chat.text("One, two,") and set(whole[len(cut) :]) & set(chat.stop_ids)
+
+
 def test_hosts_threads_workers_and_position_change_nothing(rows, chat):
     sources = [make_source(rows, chat)]
     plan = make_plan(sources)

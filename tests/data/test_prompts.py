@@ -52,6 +52,8 @@ def test_a_response_ends_with_its_turn(tokenizer, template, end):
     assert tokenizer.decode(ids) == "Yes." + (end or tokenizer.eos_token)
     assert ids[-1] in chat.stop_ids and set(chat.stop_ids) >= {tokenizer.eos_token_id}
     assert all(isinstance(i, int) for i in ids)
+    assert chat.response("Yes.", ended=False) == ids[: len(chat.text("Yes."))] != ids
+    assert chat.response("", ended=False) == chat.response("")  # a target is needed
 
 
 def test_conversation_holds_every_turn(tokenizer):

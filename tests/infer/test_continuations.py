@@ -78,7 +78,8 @@ def test_the_responses_are_the_base_llm_s_and_all_else_stays(run, manifest, tiny
     expected = Generator(*tiny_loaded).generate(requests)
     for place, reply in zip(speech, expected, strict=True):
         assert new[place]["response"] == reply.text and new[place]["prompt"] == PROMPT
-        mine = lambda row: {k: v for k, v in row.items() if k not in ("audio", "prompt", "response")}
+        assert new[place]["ended"] is reply.ended
+        mine = lambda row: {k: v for k, v in row.items() if k not in ("audio", "prompt", "response", "ended")}
         assert mine(new[place]) == mine(old[place])
     assert [row.audio for row in load_manifest(tmp_path / "out.jsonl")] == [r.audio for r in load_manifest(manifest)]
     assert new[0]["audio"] == "in/clips/0.wav" and new[4]["audio"] == old[4]["audio"]
