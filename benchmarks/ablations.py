@@ -9,8 +9,6 @@ interrupted ones resume.
 import argparse
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +76,7 @@ def _held_out(path: Path) -> Path:
 def run(workdir: Path, overrides: tuple[str, ...], held_out: Path) -> dict[str, Any]:
     """Trains an arm and scores it, in noise too; returns its scores, its learning curve, and what trained it."""
     command = ["train", f"--config={BASE}", *(f"--config.{override}" for override in overrides)]
-    _aura_jax(*command, "--workdir", str(workdir))
+    arms.aura_jax(*command, "--workdir", str(workdir))
     scores = workdir / "held_out.json"
     if not scores.is_file():
         name = "held out"
@@ -86,19 +84,12 @@ def run(workdir: Path, overrides: tuple[str, ...], held_out: Path) -> dict[str, 
             **{"sets": {name: str(held_out)}, "text_questions": "", "likelihood": ()},
             **{"noise.kinds": ("white", "babble"), "noise.sets": (name,), "noise.snr_db": (NOISE_DB,)},
         }
-        _aura_jax(
+        arms.aura_jax(
             *("eval", "--workdir", str(workdir), "--json", str(scores)),
             *(f"--config.eval.{key}={value!r}" for key, value in of_eval.items()),
         )
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    curve = [[r["step"], r["validation/wer"]] for r in records if "validation/wer" in r]
     shown = shlex.join(["aura-jax", *command, "--workdir", workdir.name])
-    return {"command": shown, "scores": json.loads(scores.read_text()), "curve": curve}
-
-
-def _aura_jax(*arguments: str) -> None:
-    print(f"== {shlex.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "aura_jax.cli", *arguments], check=True)
+    return {"command": shown, "scores": json.loads(scores.read_text()), "curve": arms.curve(workdir)}
 
 
 if __name__ == "__main__":

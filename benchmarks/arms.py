@@ -1,4 +1,4 @@
-"""Runs of `aura-jax quickstart` with keys changed, one process each, and their scores as results to commit."""
+"""Runs of `aura-jax` with keys changed, one process each, and their scores as results to commit."""
 
 import json
 import shlex
@@ -13,6 +13,12 @@ from aura_jax import machine
 RESULTS = Path(__file__).parent / "results"
 
 
+def aura_jax(*arguments: str) -> None:
+    """Runs the command line in a process of its own."""
+    print(f"== {shlex.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", "aura_jax.cli", *arguments], check=True)
+
+
 def run(workdir: Path, arguments: Sequence[str], scores_of: Path | None = None) -> dict[str, Any]:
     """Runs the quickstart in `workdir`, or goes on with it, and returns its scores and the command that made them.
 
@@ -20,11 +26,15 @@ def run(workdir: Path, arguments: Sequence[str], scores_of: Path | None = None) 
       arguments: of the quickstart, beside --workdir.
       scores_of: the workdir whose scores are meant, if it is another.
     """
-    command = [sys.executable, "-m", "aura_jax.cli", "quickstart", "--workdir", str(workdir), *arguments]
-    print(f"== {workdir.name} {shlex.join(arguments)}", flush=True)
-    subprocess.run(command, check=True)
+    aura_jax("quickstart", "--workdir", str(workdir), *arguments)
     scores = json.loads(((scores_of or workdir) / "scores.json").read_text())
     return {"command": shlex.join(["aura-jax", "quickstart", "--workdir", workdir.name, *arguments]), **scores}
+
+
+def curve(workdir: Path) -> list[tuple[int, float]]:
+    """Returns the error rate of each validation of a run, with its step."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["validation/wer"]) for r in records if "validation/wer" in r]
 
 
 def write(name: str, what: str, results: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 `python benchmarks/open_domain.py` makes this speech, some hours of it, and trains on more and more of it. By hand:
 
-    aura-jax data synthesize --text sample_data/text/train.jsonl --sentences --hours 2 --output runs/open_domain/speech
+    aura-jax data synthesize --text sample_data/text/train.jsonl --sentences 3,15 \\
+        --hours 2 --output runs/open_domain/speech
 """
 
 from configs import quickstart

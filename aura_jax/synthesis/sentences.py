@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from aura_jax.data.manifest import json_lines
 from aura_jax.errors import UserError
 
-FEWEST_WORDS, MOST_WORDS = 7, 37  # of a sentence of 3 to 15 s, at two and a half words a second
-
 _PLAIN = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2013": "\u2014", "\u00a0": " "})
 _SENTENCE_END = re.compile(r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bMrs\.)(?<=[.!?])\s+(?=[A-Z])")
 
@@ -21,24 +19,27 @@ class Utterance(NamedTuple):
     extra: Mapping[str, Any]
 
 
-def read(path: str | Path, cut: bool = False) -> list[Utterance]:
+def read(path: str | Path, words: tuple[int, int] | None = None) -> list[Utterance]:
     """Reads the texts of a file.
 
     Args:
       path: JSON lines with `text` (other keys are kept, but for those of a clip), or with `messages` (conversations:
         each turn is a text); or, if it ends in .txt, plain lines.
-      cut: into sentences, and keep each once, if it has between `FEWEST_WORDS` and `MOST_WORDS` words.
+      words: cut texts into sentences, and keep each that has so many words, from the first number to the second, once;
+        None: texts stay whole.
 
     Raises:
-      UserError: the file cannot be read, holds no text, or a line has another form.
+      UserError: the file cannot be read, holds no text, or a line has another form; no number of words is in `words`.
     """
+    if words and not 1 <= words[0] <= words[1]:
+        raise UserError(f"sentences of {words[0]} to {words[1]} words: give the fewest, at least 1, and then the most")
     utterances = []
     for text, extra in _plain_lines(path) if str(path).endswith(".txt") else _texts(path):
-        utterances += [Utterance(piece, extra) for piece in (_sentences(text) if cut else [normalise(text)])]
-    if cut:
+        utterances += [Utterance(piece, extra) for piece in (_sentences(text, *words) if words else [normalise(text)])]
+    if words:
         utterances = list({utterance.text: utterance for utterance in reversed(utterances)}.values())[::-1]
     if not utterances:
-        what = f"no sentence of {FEWEST_WORDS} to {MOST_WORDS} words" if cut else "no text"
+        what = f"no sentence of {words[0]} to {words[1]} words" if words else "no text"
         raise UserError(f"{path}: {what}: give one text a line")
     return utterances
 
@@ -70,9 +71,9 @@ def _texts(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"{where}: neither 'text' nor 'messages': give what is to be said as 'text'")
 
 
-def _sentences(text: str) -> Iterator[str]:
+def _sentences(text: str, fewest: int, most: int) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         for sentence in _SENTENCE_END.split(normalise(paragraph)):
             whole = sentence[:1].isupper() and sentence[-1] in ".!?"
-            if whole and FEWEST_WORDS <= len(sentence.split()) <= MOST_WORDS:
+            if whole and fewest <= len(sentence.split()) <= most:
                 yield sentence

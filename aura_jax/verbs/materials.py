@@ -126,7 +126,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     synthesize.add_argument("--text", required=True, metavar="FILE", help="lines of text (.txt), or JSON lines")
     synthesize.add_argument("--output", required=True, metavar="OUT", help="a folder for the clips")
     synthesize.add_argument(
-        "--sentences", action="store_true", help="cut the texts into sentences, and speak those of about 3 to 15 s"
+        "--sentences",
+        nargs="?",
+        const="7,37",
+        metavar="FEWEST,MOST",
+        help="cut the texts into sentences, and speak those of so many words (%(const)s: about 3 to 15 s)",
     )
     synthesize.add_argument(
         "--voices", metavar="A,B,...", help="names, or all (default: all but those of sample_data's test sets)"
@@ -256,7 +260,14 @@ def _synthesize(args: argparse.Namespace) -> int:
         low, high = map(float, args.speeds.split(","))
     except ValueError:
         raise UserError(f"--speeds {args.speeds!r}: write two numbers, such as 0.85,1.2") from None
-    utterances = sentences.read(args.text, cut=args.sentences)
+    words = None
+    if args.sentences is not None:
+        try:
+            fewest, most = map(int, args.sentences.split(","))
+        except ValueError:
+            raise UserError(f"--sentences {args.sentences!r}: write two numbers of words, such as 7,37") from None
+        words = fewest, most
+    utterances = sentences.read(args.text, words)
     output = Path(args.output)
     make_folder(output, "--output")
     synthesizer = kokoro.Kokoro()

@@ -23,6 +23,7 @@ def test_a_missing_package_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     [
         (["--threads", "0"], "--threads must be at least 1"),
         (["--speeds", "fast"], "--speeds 'fast': write two numbers"),
+        (["--sentences", "many"], "--sentences 'many': write two numbers of words"),
         (["--config.seed=1"], "data synthesize takes no config"),
         (["--output", "gs://bucket/clips"], "--output gs://bucket/clips: write to a folder of this machine"),
     ],

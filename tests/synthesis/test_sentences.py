@@ -29,7 +29,8 @@ def test_documents_are_cut_into_sentences_of_some_length_each_once(tmp_path):
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "and this one begins in the middle."}]
     path = tmp_path / "docs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ({"text": text, "kind": "prose"}, {"messages": turns})))
-    found = read(path, cut=True)
+    found = read(path, (7, 37))
+    assert [u.text for u in read(path, (2, 7))] == ["Short one."]
     assert [u.text for u in found] == ["He met Mr. Smith at the old mill.", "Where did you put the red ball, Anna?"]
     assert found[0].extra == {"kind": "prose"}
 
@@ -41,6 +42,8 @@ def test_a_file_without_texts_says_so(tmp_path):
         read(path)
     path.write_text('{"text": "Short."}\n')
     with pytest.raises(UserError, match=r"f\.jsonl: no sentence of 7 to 37 words"):
-        read(path, cut=True)
+        read(path, (7, 37))
+    with pytest.raises(UserError, match=r"sentences of 9 to 3 words: give the fewest"):
+        read(path, (9, 3))
     with pytest.raises(UserError, match=r"none\.txt: cannot be read"):
         read(tmp_path / "none.txt")
