@@ -41,13 +41,13 @@ def times(seconds: float, schedule: float, *ways: str) -> dict:
     spread = {"median": seconds, "low": seconds / 2, "high": 2 * seconds}
     first = {way: {length: spread | {"times": spread} for length in ("2", "10")} for way in ways}
     steps = {"only": {"seconds": schedule / 40, "n": 40}}
-    memory = {"answers": 1.0, "steps": 2.0}
     return {
         "config": {},
         "first_token": first,
         "steps": steps,
+        "preparation_seconds": 60.0,
         "schedule_seconds": schedule,
-        "peak_memory_gib": memory,
+        "peak_memory_gib": 2.0,
     }
 
 
@@ -165,14 +165,27 @@ def test_times_are_taken_anew_where_the_systems_are_others(planned, tmp_path, mo
     monkeypatch.setattr(
         timing, "measure", lambda systems, command, paddings: taken.append(list(systems)) or measured(systems)
     )
-    measured = lambda systems: {"systems": {n: {"config": json.loads(config.to_json(c))} for n, c in systems.items()}}
+    measured = lambda systems: {
+        "in_turns": True,
+        "systems": {n: {"config": json.loads(config.to_json(c))} for n, c in systems.items()},
+    }
     file = tmp_path / "timing.json"
     for names in (["aura", "bridge"], ["aura", "bridge"], ["bridge", "aura"], ["bridge", "aura", "oracle"]):
         run._timed(planned(*names), file, "a command", {})
     assert taken == [["aura", "bridge"], ["bridge", "aura"]]  # the first is what the others are compared with
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({"systems": found["systems"]}))  # as it was written before systems could be timed alone
+    run._timed(planned("bridge", "aura"), file, "a command", {})
+    assert taken[2:] == [["bridge", "aura"]]
     file.write_text("{}")
     with pytest.raises(UserError, match=r"timing.json: no times of a comparison: delete it"):
         run._timed(planned("aura"), file, "a command", {})
+
+
+def test_equal_time_counts_what_is_computed_before_the_first_step():
+    slow, quick = times(1, 600, "none"), times(1, 600, "none") | {"preparation_seconds": 0.0}
+    assert plan.time_factors({"systems": {"aura": slow, "bridge": quick}}) == {"aura": 1.0, "bridge": 1.1}
+    assert plan.time_factors({"systems": {}}) == {}
 
 
 def test_equal_time_gives_each_the_steps_that_the_first_has_time_for(planned):
@@ -243,8 +256,9 @@ def test_a_summary_has_means_over_seeds_with_their_range():
     assert [curve["seed"] for curve in aura["curves"]] == [0, 1] and "equal_time" not in aura
     head, *rows = table.rows(found)
     assert head[:4] == ["system", "seeds", "steps", "WER %, new"]
-    assert rows[0] == ["aura", "2", "40", "2.0 (1.0 to 3.0)", "30", "30", "2.5", "10.0", "2.0", "1.0"]
-    assert rows[1] == ["oracle", "1", "40", "50.0", *["-"] * 6]
+    both = "30 (30 merged)"
+    assert rows[0] == ["aura", "2", "40", "2.0 (1.0 to 3.0)", both, both, "2.5", "1.0", "10.0", "2.0"]
+    assert rows[1] == ["oracle", "1", "40", "50.0 [0.0, 100.0]", *["-"] * 6]
     assert table.text(found).splitlines()[1].startswith("aura  ")
     assert table.markdown(found).splitlines()[1] == "|---" + "|---:" * 9 + "|"
 
@@ -256,7 +270,7 @@ def test_a_table_shows_what_its_sets_are_scored_by_and_intervals_are_those_that_
     one = result("aura", 0, 0.0) | {"scores": asked | {"likelihood": likelihood}}
     found = summary.summarise([one], TIMING)
     head, row = table.rows(found)
-    assert head[3] == "answered %, questions" and row[3] == "50.0"
+    assert head[3] == "answered %, questions" and row[3] == "50.0 [25.0, 75.0]"
     (panel,) = (ax for ax in figures.quality_over_first_token(found).axes if ax.get_label() == "questions")
     (point,) = panel.lines
     assert list(point.get_xydata()[0]) == pytest.approx([30, 50])  # ms, %
@@ -286,8 +300,12 @@ def test_where_a_device_belongs_to_one_process_each_system_is_timed_alone(planne
                 "backend": {"backend": backend},
                 "load": {"adapters": ["merged"]},
                 "answer": {"seconds": slow * arguments.get("length", 0)},
-                "prepare_steps": {"stages": ["adapter"] if self._name == "bridge" else ["distil", "joint"]},
+                "prepare_steps": {
+                    "stages": ["adapter"] if self._name == "bridge" else ["distil", "joint"],
+                    "seconds": 5,
+                },
                 "step": {"seconds": slow},
+                "device_peak": {"gib": None if backend == "cpu" else 5.0},
                 "peak": {"since_watch": 2**30},
             }.get(do, {})
 
@@ -304,6 +322,7 @@ def test_where_a_device_belongs_to_one_process_each_system_is_timed_alone(planne
         **{"aura": (2.0, 1.0), "bridge": (6.0, 3.0), "cascade": (2.0, 1.0)}
     }
     assert found["systems"]["bridge"]["schedule_seconds"] == 3 * config.total_steps(systems["bridge"])
+    assert found["systems"]["bridge"]["peak_memory_gib"] == (1.0 if backend == "cpu" else 5.0)
     html = page.render(summary.summarise([result(name, 0, 0.5) for name in systems], found))
     assert ("A TPU belongs to one process" in html) == (backend == "tpu")
 
@@ -318,6 +337,7 @@ def test_nothing_to_train_is_nothing_to_time(planned, tmp_path):
 def test_what_takes_as_long_as_the_first_is_its_own_counterpart_in_equal_time():
     of = {"aura": times(1, 600, "none"), "bridge": times(1, 800, "none"), "blsp": times(1, 620, "none")}
     results = [result(name, 0, wer) for name, wer in (("aura", 0.1), ("bridge", 0.2), ("blsp", 0.3))]
+    results.append(result("bridge", 1, 0.2))
     shorter = result("bridge", 0, 0.4, budget="time")
     shorter["scores"]["step"] = 30
     found = summary.summarise([*results, shorter], {**TIMING, "systems": of})
@@ -329,7 +349,7 @@ def test_what_takes_as_long_as_the_first_is_its_own_counterpart_in_equal_time():
     }
     assert timed["bridge"]["steps"] == 30
     bridge = table.rows(found, "time")[2]
-    assert bridge[0] == "bridge" and bridge[-3] == "10.0"  # minutes: 30 of 40 steps
+    assert bridge[:2] == ["bridge", "1"] and bridge[-2] == "10.0"  # minutes: 30 of 40 steps
 
 
 def test_the_page_writes_numbers_from_the_summary(tmp_path):
@@ -339,7 +359,8 @@ def test_the_page_writes_numbers_from_the_summary(tmp_path):
     one["scores"] |= {"noise": noise, "text": text}
     one["curves"] = {"metrics": None, "validation": {"step": [20, 40], "wer": [1.0, 0.5]}}
     timed = {**TIMING, "systems": TIMING["systems"] | {"cascade": times(0.3, 0, "none")}}
-    del timed["systems"]["cascade"]["schedule_seconds"], timed["systems"]["cascade"]["steps"]
+    for what in ("preparation_seconds", "schedule_seconds", "steps"):
+        del timed["systems"]["cascade"][what]
     rate = lambda value: {"value": value, "low": 0.0, "high": 1.0, "n": 9}
     padding = {"seconds": 10.0, "windows": [12.0], "wer": {"full": rate(0.04), "0": rate(4.321), "10": rate(0.045)}}
     found = summary.summarise([one, result("cascade", 0, 0.05, padding=padding)], timed)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aura_jax import assets, checkpoint, sharding, system
+from aura_jax import assets, checkpoint, machine, sharding, system
 from aura_jax import config as config_lib
 from aura_jax.audio.features import SAMPLE_RATE
 from aura_jax.audio.io import load_audio
@@ -32,6 +32,8 @@ from aura_jax.train import stages
 from aura_jax.train import step as step_lib
 from aura_jax.train.inputs import Inputs
 from aura_jax.train.prepare import prepare
+
+_TRANSCRIPT = 200  # tokens: more than 30 s of speech have
 
 
 class Arm:
@@ -62,8 +64,7 @@ class Arm:
         with answering.ignore_type():
             answering.data.buckets = tuple(lengths)
         if system in UNTRAINED:
-            most = c.eval.max_new_tokens
-            whisper = Transcriber(assets.resolve(whisper_of(c)), batch_size=1, max_new_tokens=most)
+            whisper = Transcriber(assets.resolve(whisper_of(c)), batch_size=1, max_new_tokens=_TRANSCRIPT)
             if padding is not None:
                 whisper = whisper.with_windows(padding["windows"], padding["seconds"] or 0.0)
             self._answers: dict[str, Answers] = {"none": Cascade(whisper, plain_generator(answering, 1))}
@@ -89,6 +90,10 @@ class Arm:
         """Returns what kind of device computes."""
         return {"backend": jax.default_backend()}
 
+    def device_peak(self) -> dict[str, float | None]:
+        """Returns the most memory that was in use on the device; None on a CPU, where it is the process's."""
+        return {"gib": None if jax.default_backend() == "cpu" else machine.peak_memory_gib()}
+
     def answer(self, adapters: str, length: float) -> dict[str, Any]:
         """Returns the wall time from a clip of so many seconds to the first token of its answer."""
         start = time.perf_counter()
@@ -96,7 +101,12 @@ class Arm:
         return {"seconds": time.perf_counter() - start}
 
     def prepare_steps(self, n_batches: int) -> dict[str, Any]:
-        """Makes ready to train on the first batches of the plan; returns {"stages": their names, in order}."""
+        """Makes ready to train on the first batches of the plan.
+
+        Returns:
+          {"stages": their names, in order; "seconds": that it took before the first step: a teacher's pass over the
+          training clips, and what else a run computes once from its data}.
+        """
         self._answers.clear()
         c, mesh = self._built.config, self._mesh
         of_stages = config_lib.stages(c)
@@ -104,9 +114,12 @@ class Arm:
             teacher = self._variables.get("teacher")
             fingerprint = checkpoint.fingerprint(teacher) if teacher is not None else None
             inputs = Inputs(self._built, self._folder)
+            start = time.perf_counter()
             self._constants, variables = prepare(
                 self._built, inputs, self._variables, fingerprint, self._folder, mesh, lambda line: None
             )
+            jax.block_until_ready(self._constants)
+            seconds = time.perf_counter() - start
             paths = {path for path in sharding.flatten(variables) if not path.startswith("teacher/")}
             self._stages = {}
             for (name, stage), rates in zip(of_stages, stages.rates_of_stages(c, of_stages, paths), strict=True):
@@ -116,7 +129,7 @@ class Arm:
                 active = step_lib.active_objectives(stage)
                 batches = [inputs.to_mesh(batch) for batch in inputs.batches(active, 0, n_batches)]
                 self._stages[name] = [step, state, frozen, batches]
-        return {"stages": list(self._stages)}
+        return {"stages": list(self._stages), "seconds": seconds}
 
     def step(self, stage: str, batch: int) -> dict[str, Any]:
         """Takes a step of a stage on one of its batches; returns its wall time."""

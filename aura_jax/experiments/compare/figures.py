@@ -159,7 +159,11 @@ def learning(summary: Summary, width: float = WIDE) -> Figure:
                     if not steps:
                         continue
                     x = _minutes(x, steps)
-                ax.plot(x, y, color=colours[name], lw=1.6, marker="o", ms=3.5, zorder=3)
+                # A stretch in which nothing was validated is a gap, not a line.
+                between = np.diff(curve["step"])
+                cuts = 1 + np.flatnonzero(between > 1.5 * np.median(between)) if len(between) else []
+                for part in zip(np.split(x, cuts), np.split(y, cuts), strict=True):
+                    ax.plot(*part, color=colours[name], lw=1.6, marker="o", ms=3.5, zorder=3)
                 highest = max(highest, float(np.median(y)), float(y[-1]))
         ax.set_xlim(left=0)
         ax.set_xlabel("minutes" if minutes else "step", labelpad=2)

@@ -101,7 +101,7 @@ def _check(name: str, config: Config) -> None:
 
 
 def equal_time(jobs: Sequence[Job], timing: Mapping[str, Any]) -> list[Job]:
-    """Returns for each job of another length one with as many steps as the first system's schedule has time for.
+    """Returns for each job of another length one with as many steps as the first system's training has time for.
 
     Every stage keeps its share of the steps. Times that were taken anew change nothing of a result that is there, as
     long as its steps are as many within `SAME`.
@@ -139,10 +139,14 @@ def _factor_of(result: Path) -> float | None:
 
 
 def time_factors(timing: Mapping[str, Any]) -> dict[str, float]:
-    """Returns of each trained system how many of its schedules the first one's takes, in time."""
-    seconds = {name: of["schedule_seconds"] for name, of in timing["systems"].items() if "schedule_seconds" in of}
-    first = next(iter(seconds.values()), 1.0)
-    return {name: round(first / own, 2) for name, own in seconds.items()}
+    """Returns of each trained system how many of its schedules the first one's training takes, in time.
+
+    What a run computes before its first step counts: a teacher's pass over the training clips is time, too.
+    """
+    trained = {name: of for name, of in timing["systems"].items() if "schedule_seconds" in of}
+    whole = [of["preparation_seconds"] + of["schedule_seconds"] for of in trained.values()]
+    left = {name: whole[0] - of["preparation_seconds"] for name, of in trained.items()}
+    return {name: round(max(left[name], 0.0) / of["schedule_seconds"], 2) for name, of in trained.items()}
 
 
 def _file(name: str) -> Path:

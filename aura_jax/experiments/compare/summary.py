@@ -29,7 +29,9 @@ def summarise(results: Sequence[Result], timing: Mapping[str, Any]) -> dict[str,
         # A schedule that takes as long as the first one's is its own counterpart.
         same = steps if factor is not None and abs(factor - 1) < SAME else []
         if time or (same and any(result.get("budget") == "time" for result in results)):
-            systems[name]["equal_time"] = _scores(time or same) | {"steps": _n_steps((time or same)[0])}
+            runs = time or same
+            seeds = [result["seed"] for result in runs]
+            systems[name]["equal_time"] = _scores(runs) | {"seeds": seeds, "steps": _n_steps(runs[0])}
     return {
         "sets": {name: scores["n"] for name, scores in results[0]["scores"]["sets"].items()},
         "first": next(iter(names)),

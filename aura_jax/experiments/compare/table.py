@@ -19,23 +19,25 @@ def rows(summary: Mapping[str, Any], budget: str = "steps") -> list[list[str]]:
     metrics = {name: metric_of(summary, name) for name in summary["sets"]}
     head = ["system", "seeds", "steps", *(f"{COLUMNS[metric][0]}, {name}" for name, metric in metrics.items())]
     head += [f"first token of {seconds} s, ms" for seconds in _FIRST_TOKEN]
-    head += ["trained, M", "a schedule, min", "peak training, GiB", "peak answering, GiB"]
+    head += ["trained, M", "before the first step, min", "steps, min", "peak memory, GiB"]
     out = [head]
     for name, system in summary["systems"].items():
         of = system if budget == "steps" else system.get("equal_time")
         if of is None:
             continue
         timing = system.get("timing") or {}
-        cells = [name, str(len(system["seeds"])), f"{of['steps']:,}" if of.get("steps") else "-"]
+        cells = [name, str(len(of["seeds"])), f"{of['steps']:,}" if of.get("steps") else "-"]
         cells += [_spread(of["sets"][one].get(metric), COLUMNS[metric][1]) for one, metric in metrics.items()]
         cells += [first_token(timing, seconds) for seconds in _FIRST_TOKEN]
         cells.append(f"{system['parameters']['trained'] / 1e6:.1f}" if "parameters" in system else "-")
-        minutes = timing.get("schedule_seconds")
-        if budget == "time" and minutes:
-            minutes *= of["steps"] / system["steps"]
-        cells.append(f"{minutes / 60:.1f}" if minutes else "-")
-        memory = timing.get("peak_memory_gib") or {}
-        cells += [f"{memory[what]:.1f}" if memory.get(what) else "-" for what in ("steps", "answers")]
+        cells += ["-", "-"]
+        if "schedule_seconds" in timing:
+            minutes = timing["schedule_seconds"] / 60
+            if budget == "time":
+                minutes *= of["steps"] / system["steps"]
+            cells[-2:] = [f"{timing['preparation_seconds'] / 60:.1f}", f"{minutes:.1f}"]
+        memory = timing.get("peak_memory_gib")
+        cells.append(f"{memory:.1f}" if memory else "-")
         out.append(cells)
     return out
 
@@ -58,19 +60,21 @@ def markdown(summary: Mapping[str, Any], budget: str = "steps") -> str:
 
 
 def first_token(timing: Mapping[str, Any], seconds: str) -> str:
-    """Returns the milliseconds to the first token, with the adapters merged where they can be."""
+    """Returns the milliseconds to the first token, and with the adapters merged where they can be."""
     ways = timing.get("first_token")
     if not ways:
         return "-"
-    best = ways.get("merged") or next(iter(ways.values()))
-    return f"{1000 * best[seconds]['median']:.0f}"
+    shown = {way: f"{1000 * of[seconds]['median']:.0f}" for way, of in ways.items()}
+    merged = f" ({shown.pop('merged')} merged)" if "merged" in shown else ""
+    return next(iter(shown.values())) + merged
 
 
 def _spread(value: Mapping[str, float] | None, scale: float, digits: int = 1) -> str:
-    """Returns a mean with its range over seeds; of one seed, the value alone; "-" if it was not measured."""
+    """Returns a mean with its range over seeds, (A to B); of one seed the middle 95% of a bootstrap, [A, B], if there
+    is one; "-" if it was not measured."""
     if value is None:
         return "-"
-    mean = f"{scale * value['mean']:.{digits}f}"
-    if value["runs"] == 1:
-        return mean
-    return f"{mean} ({scale * value['low']:.{digits}f} to {scale * value['high']:.{digits}f})"
+    mean, low, high = (f"{scale * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    if value["runs"] > 1:
+        return f"{mean} ({low} to {high})"
+    return f"{mean} [{low}, {high}]" if value["low"] != value["high"] else mean

@@ -46,9 +46,10 @@ def measure(
     Returns:
       {"command", "machine", "in_turns": whether they took turns, "systems": {name: {"config", "first_token": {adapters:
       {length: {"median", "low", "high", and "times": of the same round of the first system with its first adapters}}},
-      "steps": {stage: {"seconds": of one, "n": in the schedule}}, "schedule_seconds", "peak_memory_gib": {"answers",
-      "steps"}}}}.
-      Seconds of a schedule are those of its steps; a system that learns nothing has none.
+      "steps": {stage: {"seconds": of one, "n": in the schedule}}, "preparation_seconds", "schedule_seconds",
+      "peak_memory_gib": of its steps}}}.
+      Seconds of a schedule are those of its steps, those of preparation are of what a run computes before them; a
+      system that learns nothing has neither.
     """
     names = [name for name in systems if name not in UNTIMED]
     out: dict[str, Any] = {name: {"config": json.loads(config_lib.to_json(systems[name]))} for name in names}
@@ -63,10 +64,7 @@ def measure(
                     place.mkdir()
                     values = {"system": name, "config": out[name]["config"], "folder": str(place)}
                     about[name] = workers[name].ask("load", **values, lengths=lengths, padding=paddings.get(name))
-                    workers[name].ask("watch")
                 seconds |= _first_tokens(workers, about, lengths)
-                for name in group:
-                    out[name]["peak_memory_gib"] = {"answers": _gib(workers[name])}
                 _steps({name: worker for name, worker in workers.items() if name not in UNTRAINED}, systems, out)
     for (name, adapters), found in seconds.items():
         of_first = next(iter(seconds.values()))
@@ -111,10 +109,12 @@ def _first_tokens(workers: Mapping[str, Worker], about: Mapping[str, Any], lengt
 
 
 def _steps(workers: Mapping[str, Worker], systems: Mapping[str, Config], out: dict[str, Any]) -> None:
-    """Adds "steps", "schedule_seconds" and the memory of steps to what is known of each system."""
+    """Adds what is known of its training to what is known of each system."""
     arms = []
     for name in tqdm(workers, desc="preparing to train"):
-        arms += [(name, stage) for stage in workers[name].ask("prepare_steps", n_batches=_BATCHES)["stages"]]
+        ready = workers[name].ask("prepare_steps", n_batches=_BATCHES)
+        out[name]["preparation_seconds"] = ready["seconds"]
+        arms += [(name, stage) for stage in ready["stages"]]
         workers[name].ask("watch")
     seconds: dict[tuple[str, str], list[list[float]]] = {arm: [[] for _ in range(_BATCHES)] for arm in arms}
     for turn in tqdm(range(1 + _STEPS), desc="steps", unit="round"):
@@ -132,7 +132,7 @@ def _steps(workers: Mapping[str, Worker], systems: Mapping[str, Config], out: di
             left -= steps[stage]["n"]
         out[name]["steps"] = steps
         out[name]["schedule_seconds"] = sum(of["seconds"] * of["n"] for of in steps.values())
-        out[name]["peak_memory_gib"]["steps"] = _gib(worker)
+        out[name]["peak_memory_gib"] = _gib(worker)
 
 
 def _turned(arms: Sequence[_Arm], turn: int) -> Sequence[_Arm]:
@@ -142,6 +142,10 @@ def _turned(arms: Sequence[_Arm], turn: int) -> Sequence[_Arm]:
 
 
 def _gib(worker: Worker) -> float | None:
+    """Returns the most memory that steps took: of the device, or, on a CPU, of the process."""
+    of_device = worker.ask("device_peak")["gib"]
+    if of_device is not None:
+        return of_device
     peak = worker.ask("peak")["since_watch"]
     return None if peak is None else peak / 2**30
 
