@@ -88,6 +88,25 @@ def test_a_file_s_neighbours_are_those_of_its_own_checkout(file, tmp_path, monke
     assert sys.path == before
 
 
+def test_a_base_of_another_checkout_has_its_own_neighbours(file, tmp_path):
+    text = "from two_more_checkouts import base\n\n\ndef get_config():\n    return base.get_config()\n"
+    system = "from aura_jax.config import read\nfrom two_more_checkouts import base\n\n\n"
+    system += "def get_config(other):\n    c = read(other)\n    c.lora.rank = base.get_config().seed\n"
+    system += "    from two_more_checkouts import late\n    c.lora.n_blocks = late.N\n    return c\n"
+    for root, seed in (("mine", 3), ("other", 4)):
+        folder = tmp_path / root / "two_more_checkouts"
+        folder.mkdir(parents=True)
+        Path(file(f"c.seed = {seed}")).rename(folder / "base.py")
+        (folder / "one.py").write_text(text)
+        (folder / "system.py").write_text(system)
+        (folder / "late.py").write_text(f"N = {seed}\n")
+    mine, other = (tmp_path / root / "two_more_checkouts" for root in ("mine", "other"))
+    c = config.load([f"--config={mine / 'system.py'}:{other / 'one.py'}"])
+    assert (c.seed, c.lora.rank, c.lora.n_blocks) == (4, 3, 3)
+    assert config.load([f"--config={other / 'one.py'}"]).seed == 4
+    assert not [name for name in sys.modules if name.startswith("two_more_checkouts")]
+
+
 def test_a_file_may_take_a_base(file, tmp_path):
     Path(file("c.seed = 3")).rename(tmp_path / "base.py")
     text = "from aura_jax.config import read\ndef get_config(base):\n    c = read(base)\n    BODY\n    return c\n"

@@ -6,9 +6,10 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -110,16 +111,18 @@ def read(path: str) -> Config:
     path, colon, base = path.partition(":")
     if not Path(path).is_file():
         raise UserError(f"no config file {path}: configs/ holds the shipped ones")
-    # `from configs import quickstart`, also from a folder of configs/: this checkout's, even if another is installed.
-    before = list(sys.path)
-    sys.path[:0] = [str(folder) for folder in Path(path).resolve().parents[1:3]]
+    with _neighbours(path):
+        return _run(path, base if colon else None)
+
+
+def _run(path: str, base: str | None) -> Config:
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
             raise UserError("has no get_config(): start from a file in configs/")
-        if colon and not inspect.signature(get_config).parameters:
+        if base is not None and not inspect.signature(get_config).parameters:
             raise UserError("its get_config() takes no base: write get_config(base), as configs/systems/bridge.py does")
-        config = get_config(base) if colon else get_config()
+        config = get_config() if base is None else get_config(base)
         if not isinstance(config, ConfigDict):
             raise UserError("get_config() must change what aura_jax.config.default() returns, and return it")
         check_structure(config)
@@ -129,9 +132,53 @@ def read(path: str) -> Config:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
         raise UserError(f"{where}: {_one_line(error)}") from error
+    return config
+
+
+class _Reading(NamedTuple):
+    """A file that is being read: the folders that its imports may be from, and what was imported before."""
+
+    folders: frozenset[Path]
+    known: frozenset[str]
+
+
+_reading: list[_Reading] = []  # a file, the base that it reads, ...
+
+
+@contextmanager
+def _neighbours(path: str) -> Iterator[None]:
+    """Lets a config file import its neighbours, `from configs import quickstart`, also from a folder of configs/.
+
+    They are those of its own checkout, even if another one is installed, or has a file that reads this one.
+    """
+    folders, before = Path(path).resolve().parents[1:3], list(sys.path)
+    own, outer = frozenset(folders), _reading[-1] if _reading else _Reading(frozenset(), frozenset())
+    _forget(outer.folders - own, outer.known)
+    _reading.append(_Reading(own, frozenset(sys.modules)))
+    sys.path[:0] = map(str, folders)
+    try:
+        yield
     finally:
         sys.path[:] = before
-    return config
+        _forget(own - outer.folders, _reading.pop().known)
+
+
+def _forget(folders: Set[Path], known: Set[str]) -> None:
+    """Drops the modules of these folders that were not known: the next import of their names looks for them again."""
+    mine = lambda name: _places(name) & {folder / end for folder in folders for end in _ends(Path(*name.split(".")))}
+    # This package's folder lies beside configs/ in a checkout. Which are to go is known before any goes: a folder of
+    # modules looks its place up in that above it.
+    for name in [n for n in sys.modules.keys() - known if n.split(".")[0] != __name__.split(".")[0] and mine(n)]:
+        del sys.modules[name]
+
+
+def _places(name: str) -> set[Path]:
+    file = getattr(sys.modules[name], "__file__", None)
+    return {Path(place) for place in ([file] if file else getattr(sys.modules[name], "__path__", ()))}
+
+
+def _ends(inside: Path) -> tuple[Path, ...]:
+    return inside, inside.with_name(f"{inside.name}.py"), inside / "__init__.py"
 
 
 def _check_key(config: Config, key: str) -> None:
