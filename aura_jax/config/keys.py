@@ -204,9 +204,14 @@ def stages(config: Config) -> list[tuple[str, ConfigDict]]:
     return out
 
 
-def answer_objective(config: Config) -> str:
-    """Returns what teaches a config's answers: "response_kd" if its last stage has that, and "lm" otherwise."""
-    return "response_kd" if config.train.stages[config.train.schedule[-1]].objectives.response_kd else "lm"
+def answer_objectives(config: Config) -> dict[str, float]:
+    """Returns what teaches a config's answers, of `lm` and `response_kd`, with the weights of the last stage that has
+    one; {"lm": 1.0} where none has."""
+    for name in reversed(config.train.schedule):
+        objectives = config.train.stages[name].objectives
+        if found := {key: objectives[key] for key in ("lm", "response_kd") if objectives[key]}:
+            return found
+    return {"lm": 1.0}
 
 
 def total_steps(config: Config) -> int:

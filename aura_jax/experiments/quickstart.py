@@ -12,7 +12,7 @@ from aura_jax import system
 from aura_jax.config import Config
 from aura_jax.data.manifest import load_manifest
 from aura_jax.errors import UserError
-from aura_jax.evaluate import suite, text
+from aura_jax.evaluate import score, suite, text
 from aura_jax.exchange import export
 from aura_jax.report.run import report_run
 from aura_jax.train import loop
@@ -21,12 +21,14 @@ COMMITTED = Path("benchmarks/results/quickstart.json")
 
 
 def without_distillation(config: Config) -> Config:
-    """Returns the same run, step for step, with what teaches its answers in place of distillation."""
+    """Returns the same run, step for step, without distillation: a stage that taught no answers does, in its place."""
     out = config.copy_and_resolve_references()
-    answers = config_lib.answer_objective(config)
+    answers = config_lib.answer_objectives(config)
     for name in out.train.schedule:
         objectives = out.train.stages[name].objectives
-        objectives.update({answers: 1.0, "distill": 0.0})
+        if not any(objectives[key] for key in ("lm", "response_kd")):
+            objectives.update(answers)
+        objectives.distill = 0.0
         out.train.stages[name].clip_norm = 1.0
     return out
 
@@ -63,8 +65,11 @@ def check(config: Config) -> None:
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:
-    """Returns a plain table of the sets of transcripts: WER with its interval, and exact match, of each system."""
+    """Returns a plain table of the sets of transcripts: WER with its interval, and exact match, of each system; where
+    there are none, whatever scores the first system has."""
     names = [name for name, of_set in next(iter(columns.values()))["sets"].items() if "wer" in of_set]
+    if not names:
+        return score.table(next(iter(columns.values()))["sets"])
     head = f"{'test set':26}{'n':>5}" + "".join(f"{name:>34}" for name in columns)
     lines = [head, f"{'':31}" + "".join(f"{'WER % (95% interval)   exact %':>34}" for _ in columns)]
     for name in names:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aura_jax import cli, config
+from aura_jax import cli, config, system
 from aura_jax.errors import UserError
+from aura_jax.experiments import quickstart
 from aura_jax.experiments.compare import arm, figures, page, plan, run, summary, table, timing
 
 SMALL = ("--config.train.steps=2", "--config.train.eval_every=0", "--config.data.validation_values=()")
@@ -98,6 +99,23 @@ def test_a_base_that_answers_questions_teaches_each_system_by_what_the_llm_says(
     assert objectives[-1] == last
     if name == "mel_llm":
         assert objectives[0] == last - {"text_anchor"}
+
+
+def test_what_teaches_a_base_s_answers_keeps_its_weights():
+    c = config.load(["--config=configs/quickstart.py", "--config.train.stages.joint.objectives.lm=0.5"])
+    assert config.answer_objectives(c) == {"lm": 0.5}
+    without = quickstart.without_distillation(c).train.stages
+    assert [without[name].objectives.lm for name in c.train.schedule] == [0.5, 0.5]
+    c.train.stages.joint.objectives.response_kd = 2.0
+    assert config.answer_objectives(c) == {"lm": 0.5, "response_kd": 2.0}
+    c.train.schedule = ("distil",)
+    assert config.answer_objectives(c) == {"lm": 1.0}
+
+
+@pytest.mark.parametrize("name", ["bridge", "blsp", "blsp_kd", "diva"])
+def test_what_keeps_its_encoder_takes_a_base_that_streams(name):
+    (job,) = plan.equal_steps([name], [0], Path("runs"), Path("results"), "configs/quickstart_streaming.py", [])
+    system.build(job.config)
 
 
 @pytest.mark.parametrize(

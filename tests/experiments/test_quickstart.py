@@ -148,6 +148,12 @@ def test_the_run_without_distillation_is_the_same_but_for_it():
     assert config.to_json(c) == config.to_json(without)
 
 
+def test_sets_that_want_no_transcript_are_shown_by_what_they_are_scored_by():
+    answered = {"value": 0.5, "low": 0.25, "high": 0.75}
+    shown = quickstart.table({"AuRA": {"sets": {"new questions": {"n": 40, "answered": answered}}}})
+    assert "answered %" in shown and "50.0 [25.0, 75.0]" in shown and "WER" not in shown
+
+
 def test_scores_are_taken_again_where_step_or_evaluation_changed(monkeypatch, tmp_path):
     step, evaluated = 12, []
     monkeypatch.setattr(loop, "train", lambda config, workdir: loop.Result(step, False, {}, seconds=12.5))
