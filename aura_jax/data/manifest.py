@@ -162,7 +162,8 @@ def parse_row(values: dict[str, Any], where: str, folder: Path, *, untranscribed
                 raise UserError(f"{where}: {key!r} is {json.dumps(seconds)}: give {least}, or leave it out")
             known[key] = float(seconds)
     known["history"] = _history(known["history"], where)
-    known["ended"] = values.pop("ended", True)
+    ended = values.pop("ended", None)
+    known["ended"] = ended is None or ended
     if not isinstance(known["ended"], bool):
         shown = json.dumps(known["ended"])[:40]
         raise UserError(f"{where}: 'ended' is {shown}: give false if 'response' stops in the middle, or leave it out")

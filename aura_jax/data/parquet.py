@@ -114,4 +114,6 @@ def _is_plain(kind: Any) -> bool:
     types = _pyarrow().types
     if types.is_list(kind) or types.is_large_list(kind):
         return _is_plain(kind.value_type)
+    if types.is_struct(kind):  # as the turns of a `history`
+        return all(_is_plain(field.type) for field in kind)
     return _is_text(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)

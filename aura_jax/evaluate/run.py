@@ -167,6 +167,13 @@ def evaluate_set(
     return Result(scores, outputs, unreadable, n_samples / SAMPLE_RATE, seconds)
 
 
+def _compared(row: Row, output: Output) -> str:
+    """Returns the answer, and of one that is to be like a response that was cut, as many words as that has."""
+    if row.ended or output.reference != row.target:
+        return output.hypothesis
+    return " ".join(output.hypothesis.split()[: len(row.target.split())])
+
+
 def _scores(
     rows: Sequence[Row],
     ways: Sequence[Choices | Accepted | str],
@@ -180,7 +187,7 @@ def _scores(
             (translated if way == "bleu" else text).append(i)
         else:
             (chosen if isinstance(way, Choices) else asked).append(i)
-    of = lambda places: ([outputs[i].reference for i in places], [outputs[i].hypothesis for i in places])
+    of = lambda places: ([outputs[i].reference for i in places], [_compared(rows[i], outputs[i]) for i in places])
     if text:
         intents = [rows[i].extra.get("intent") for i in text]
         scores |= score(*of(text), [None if intent is None else str(intent) for intent in intents], classifier)

@@ -163,6 +163,11 @@ def _spoken(manifest: str, lines: Sequence[Line]) -> list[int]:
     return places
 
 
+def _reply(text: str, ended: bool) -> Reply:
+    """Returns a response; one that was cut inside a character is without what there is of it."""
+    return Reply(text if ended else text.rstrip("\ufffd"), ended)
+
+
 def _load(lines: Sequence[Line], config: Config, prompt: str, sampling: Sampling, n_new: int) -> parts.Writer[Reply]:
     """Returns what answers: the LLM alone."""
     generator = plain_generator(config, n_new)
@@ -172,6 +177,6 @@ def _load(lines: Sequence[Line], config: Config, prompt: str, sampling: Sampling
         requests = [
             Request(transcript=row.text, prompt=prompt, history=row.history, number=place) for place, row in rows
         ]
-        return [Reply(reply.text, reply.ended) for reply in generator.generate(requests, None, sampling)]
+        return [_reply(reply.text, reply.ended) for reply in generator.generate(requests, None, sampling)]
 
     return parts.Writer(answer, generator.batch_size, checkpoint.fingerprint(generator.variables["params"]["llm"]))

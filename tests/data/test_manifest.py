@@ -27,14 +27,14 @@ def test_rows(write, tmp_path):
         {"audio": "clips/a.wav", "text": "Hello", "voice": "x", "seconds": 2},
         b"",
         {"audio": str(tmp_path / "clips/b.wav"), "response": "Hi.", "prompt": "Answer.", "id": 7},
-        {"prompt": "Two and two?", "response": "Four."},
+        {"prompt": "Two and two?", "response": "Four.", "ended": None, "history": None},
         {"text": "Once upon a time."},
     )
     speech, answer, chat, plain = load_manifest(path)
     assert speech.audio == str(tmp_path / "clips" / "a.wav") and speech.id == "clips/a.wav" and speech.seconds == 2.0
     assert speech.target == "Hello" and speech.extra == {"voice": "x"} and speech.where == f"{path}:1"
     assert answer.target == "Hi." and answer.id == "7" and answer.where == f"{path}:3"
-    assert chat.audio is None and not chat.is_plain_text and chat.target == "Four."
+    assert chat.audio is None and not chat.is_plain_text and chat.target == "Four." and chat.ended
     assert plain.is_plain_text and plain.id == "row-5"
 
 

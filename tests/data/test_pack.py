@@ -64,13 +64,12 @@ def test_a_record_holds_the_line_and_the_bytes_of_the_file(manifest, tmp_path):
 
 
 def test_a_conversation_and_a_response_that_was_cut_stay_what_they_are(manifest, tmp_path):
-    history = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
-    lines[1] |= {"response": "One, two,", "ended": False, "history": history}
+    lines[1] |= {"response": "One, two,", "ended": False, "history": HISTORY}
     manifest.write_text("\n".join(map(json.dumps, lines)))
     run(manifest, tmp_path / "out")
     first, second, *_ = load_manifest(tmp_path / "out")
-    assert (first.ended, first.history, second.ended, second.history) == (True, (), False, tuple(history))
+    assert (first.ended, first.history, second.ended, second.history) == (True, (), False, tuple(HISTORY))
 
 
 def test_the_same_input_gives_the_same_shards(manifest, tmp_path):
@@ -255,6 +254,7 @@ def parquet(path, **changes):
         "sentence": [f"sentence {i}" for i in range(6)],
         "speaker_id": list(range(6)),
         "words": [["a", "b"]] * 6,
+        "history": [HISTORY] * 6,
         "other": [b"bytes"] * 6,
         "gender": [None, "f"] * 3,
         "raw": [f"Sentence {i}." for i in range(6)],
@@ -264,12 +264,16 @@ def parquet(path, **changes):
     return clips
 
 
+HISTORY = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+
+
 def test_parquet(tmp_path):
     clips = parquet(tmp_path / "hf" / "train-00000-of-00002.parquet")
     parquet(tmp_path / "hf" / "train-00001-of-00002.parquet", audio=[{"bytes": c, "path": None} for c in clips])
     run(tmp_path / "hf", tmp_path / "out", n_processes=2, shard_bytes=30_000)
     rows = load_manifest(tmp_path / "out")
     assert [row.text for row in rows] == [f"sentence {i}" for i in range(6)] * 2
+    assert list(rows[1].history) == HISTORY
     assert rows[1].id == "1.flac" and rows[1].extra == {
         "speaker_id": 1,
         "words": ["a", "b"],
@@ -295,7 +299,7 @@ def test_parquet(tmp_path):
         (
             {"audio": None},
             {},
-            "no column 'audio' with bytes, but sentence, speaker_id, words, other, gender, raw: rename",
+            "no column 'audio' with bytes, but sentence, speaker_id, words, history, other, gender, raw: rename",
         ),
         ({"audio": [{"path": "a"}] * 6}, {}, "no column 'audio' with bytes"),
         ({"sentence": None}, {}, "no column of text with a usual name, but .*: name it with --text-column"),

@@ -55,6 +55,17 @@ def test_outputs_keep_the_rows_order_and_batches_go_by_length(manifest):
     assert result.audio_seconds == pytest.approx(1.0) and result.seconds >= 0
 
 
+def test_an_answer_is_compared_with_as_much_of_a_response_as_there_is(manifest):
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line in lines:
+        line |= {"response": " ".join(line["text"].split()[:2]), "ended": line["id"] == "clip-3"}
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = evaluate_set(Fake(), load_manifest(manifest), progress=False)
+    # "What time" was the whole response: "is it?" is too much there. Of "Open the" nothing more is known.
+    assert found.scores["wer"]["value"] == 2 / 7 and found.scores["exact_match"]["value"] == 0.75
+    assert found.outputs[1].hypothesis == "Open the door."
+
+
 def test_a_clip_that_cannot_be_read(manifest, tmp_path):
     (tmp_path / "1.wav").write_bytes(b"no audio")
     rows = load_manifest(manifest)
