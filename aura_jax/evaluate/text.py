@@ -32,9 +32,10 @@ _ROUND = 64  # rows are padded to a multiple of it: few compilations
 
 
 class TextRow(NamedTuple):
-    """A piece of held-out text: its kind, its tokens, and the first one that is to be predicted (at least 1)."""
+    """A piece of held-out text: its kind, the text it is of, its tokens, and the first to be predicted (at least 1)."""
 
     kind: str
+    text: str
     tokens: tuple[int, ...]
     first_target: int
 
@@ -60,9 +61,9 @@ def load_heldout(path: str | Path, chat: ChatFormat) -> list[TextRow]:
         if isinstance(text, str):
             tokens, kind = chat.text(text), str(values.get("kind", "text"))
             pieces = [tokens[i : i + _LENGTH] for i in range(0, len(tokens), _LENGTH)]
-            rows += [TextRow(kind, piece, 1) for piece in pieces if len(piece) > 1]
+            rows += [TextRow(kind, where, piece, 1) for piece in pieces if len(piece) > 1]
         elif isinstance(messages, list) and all(_is_turn(message) for message in messages):
-            rows += _chat_rows(messages, chat, str(values.get("kind", "chat")))
+            rows += _chat_rows(messages, chat, str(values.get("kind", "chat")), where)
         else:
             raise UserError(f"{where}: neither 'text' nor 'messages' with 'role' and 'content': give one of them")
     if not rows:
@@ -70,11 +71,11 @@ def load_heldout(path: str | Path, chat: ChatFormat) -> list[TextRow]:
     return rows
 
 
-def _chat_rows(messages: Sequence[Mapping[str, str]], chat: ChatFormat, kind: str) -> Iterator[TextRow]:
+def _chat_rows(messages: Sequence[Mapping[str, str]], chat: ChatFormat, kind: str, text: str) -> Iterator[TextRow]:
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i and messages[i - 1]["role"] == "user":
             prefix, _ = chat.encode(messages[i - 1]["content"], has_audio=False, history=messages[: i - 1])
-            yield TextRow(kind, (*prefix, *chat.response(message["content"])), len(prefix))
+            yield TextRow(kind, text, (*prefix, *chat.response(message["content"])), len(prefix))
 
 
 def load_questions(path: str | Path) -> list[Question]:
@@ -128,9 +129,9 @@ def _loss(
 def text_loss(
     system: System, variables: Mapping[str, Any], rows: Sequence[TextRow], adapters: bool, progress: bool = True
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns for each kind of text the cross-entropy of every row in nats, and how many tokens it is summed over.
+    """Returns for each kind the cross-entropy of every text in nats, and how many tokens it is summed over.
 
-    The rows of a kind are in an order of their own, which is the same for all variables.
+    The texts of a kind are in an order of their own, which is the same for all variables.
 
     Args:
       variables: `params` and `lora`; after a merge `params` alone.
@@ -157,8 +158,13 @@ def text_loss(
             nats.setdefault(kind, []).extend(nats_B[: len(batch)])
             start += len(batch)
             bar.update(len(batch))
-    n_tokens = lambda kind: np.array([len(row.tokens) - row.first_target for row in rows if row.kind == kind])
-    return {kind: (np.array(of_kind), n_tokens(kind)) for kind, of_kind in nats.items()}
+    out = {}
+    for kind, of_kind in nats.items():
+        pieces = [row for row in rows if row.kind == kind]
+        _, text = np.unique([piece.text for piece in pieces], return_inverse=True)
+        n_tokens = [len(piece.tokens) - piece.first_target for piece in pieces]
+        out[kind] = (np.bincount(text, of_kind), np.bincount(text, n_tokens))
+    return out
 
 
 def base_variables(system: System, variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -175,8 +181,8 @@ def compare_text(
     """Returns the loss on held-out text of the base LLM, and with the adapters on or merged, in nats a token.
 
     Returns:
-      {kind: {"n": rows, "tokens", "base", "adapted", "rise", "low", "high"}}, for each kind of text and for "all". The
-      last two bound the rise's bootstrap interval over rows, as of `score.interval`.
+      {kind: {"n": texts, "tokens", "base", "adapted", "rise", "low", "high"}}, for each kind of text and for "all". The
+      last two bound the rise's bootstrap interval over texts, as of `score.interval`: pieces of one text go together.
     """
     base = text_loss(system, base_variables(system, variables), rows, adapters=False, progress=progress)
     adapted = text_loss(system, variables, rows, adapters=True, progress=progress)
