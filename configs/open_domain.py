@@ -17,7 +17,7 @@ def get_config():
         ("sample_data/recordings/train.jsonl", 1.0),
     )
     c.data.max_seconds = 6.0
-    c.data.buckets = (1.76, 2.72, 3.84, 5.0, 6.64)
+    c.data.buckets = (1.76, 2.72, 3.84, 5.0, 6.72)
     c.data.augment.update(noise_probability=0.3, noise_snr_db=(10.0, 30.0))
     c.train.stages.distil.steps, c.train.stages.joint.steps = 800, 700
     c.train.update(eval_every=250, eval_rows=64)
