@@ -86,7 +86,7 @@ def run(workdir: Path, overrides: tuple[str, ...], held_out: Path) -> dict[str, 
         }
         arms.aura_jax(
             *("eval", "--workdir", str(workdir), "--json", str(scores)),
-            *(f"--config.eval.{key}={value!r}" for key, value in of_eval.items()),
+            *(f"--config.eval.{k}={x if isinstance(x, str) else repr(x)}" for k, x in of_eval.items()),
         )
     shown = shlex.join(["aura-jax", *command, "--workdir", workdir.name])
     return {"command": shown, "scores": json.loads(scores.read_text()), "curve": arms.curve(workdir)}

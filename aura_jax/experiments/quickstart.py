@@ -1,4 +1,4 @@
-"""The quickstart: train AuRA on real speech, evaluate it on held-out voices, sentences and recordings, and on text."""
+"""The quickstart: train AuRA on speech, evaluate it on held-out voices, sentences and recordings, and on text."""
 
 import json
 import shutil

@@ -181,7 +181,7 @@ def _report(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 VERBS = {
     "quickstart": Verb(
-        "the main result on real speech: fetch, train, evaluate, report",
+        "the main result: fetch, train, evaluate, report",
         "Fetches the models, trains, evaluates on the sample data and prints one table. Run it from the root of\n"
         "the repository. --config replaces configs/quickstart.py: configs/smoke.py does everything on random\n"
         "tiny models. The same command resumes.\n\n" + CONFIG_HELP,
