@@ -25,7 +25,6 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "switches": {
         "base": HALF,
         "25 tokens a second": (*HALF, "embedder.token_rate=25.0"),
-        "LoRA on 20 blocks": (*HALF, "lora.n_blocks=20"),
         "mel patches": (*HALF, "embedder.kind=patch"),
         "raw targets": (*HALF, "distill.target_norm=none"),
         "distil first only": (*HALF, "train.stages.joint.objectives.distill=0.0"),
