@@ -391,6 +391,7 @@ def test_the_page_writes_numbers_from_the_summary(tmp_path):
     assert shown["0.123"] == "systems.aura.sets.new.wer.mean" and of["systems"]["aura"]["sets"]["new"]["wer"]["mean"]
     assert shown["4.321"] == "systems.cascade.padding.wer.0.value" and "s of silence: the least" in html
     assert "a command of seed 0" in html and "a command that times" in html
+    assert "beside that of aura, separate, in the same round" in html
     # Nothing but scores: the sections of what was not measured are left out.
     bare = page.render(summary.summarise([result("oracle", 0, 0.5)], {**TIMING, "systems": {}}))
     assert "No system was timed" in bare and 'id="noise"' not in bare
