@@ -76,17 +76,15 @@ def run(workdir: Path, overrides: tuple[str, ...], held_out: Path) -> dict[str, 
     """Trains an arm and scores it, in noise too; returns its scores, its learning curve, and what trained it."""
     command = ["train", f"--config={BASE}", *(f"--config.{override}" for override in overrides)]
     arms.aura_jax(*command, "--workdir", str(workdir))
-    scores = workdir / "held_out.json"
+    scores = workdir / "scores.json"
     if not scores.is_file():
         name = "held out"
         of_eval = {
             **{"sets": {name: str(held_out)}, "text_questions": "", "likelihood": ()},
             **{"noise.kinds": ("white", "babble"), "noise.sets": (name,), "noise.snr_db": (NOISE_DB,)},
         }
-        arms.aura_jax(
-            *("eval", "--workdir", str(workdir), "--json", str(scores)),
-            *(f"--config.eval.{k}={x if isinstance(x, str) else repr(x)}" for k, x in of_eval.items()),
-        )
+        of_eval = {k: x if isinstance(x, str) else repr(x) for k, x in of_eval.items()}
+        arms.aura_jax("eval", "--workdir", str(workdir), *(f"--config.eval.{k}={x}" for k, x in of_eval.items()))
     shown = shlex.join(["aura-jax", *command, "--workdir", workdir.name])
     return {"command": shown, "scores": json.loads(scores.read_text()), "curve": arms.curve(workdir)}
 

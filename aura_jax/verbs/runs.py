@@ -80,7 +80,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
         default="student",
         help="the run's model; its Whisper's own transcripts; these answered by the plain LLM; or the true ones",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores of the sets there")
     parser.add_argument(
         "--outputs", type=Path, metavar="OUT", help="write references and hypotheses there (JSON lines)"
     )
