@@ -225,10 +225,11 @@ def ablations(results: dict[str, Any]) -> str:
     for group in results["groups"].values():
         for name, arm in group.items():
             scores = arm["scores"]
-            noise = scores["noise"]["held out"]
-            heard = [scores["sets"]["held out"], *(noise[kind]["10"] for kind in ("white", "babble"))]
-            rise = f"{scores['text']['loss']['all']['rise']:+.3f}"
-            lines.append(_row([name, *map(percent, heard), rise]))
+            cells = [name, percent(scores["sets"]["held out"])]
+            # The masks were compared before there was noise.
+            in_noise = scores.get("noise", {}).get("held out", {})
+            cells += [percent(in_noise[kind]["10"]) if kind in in_noise else "-" for kind in ("white", "babble")]
+            lines.append(_row([*cells, f"{scores['text']['loss']['all']['rise']:+.3f}" if "text" in scores else "-"]))
     return "\n".join(lines) + "\n"
 
 
