@@ -6,6 +6,7 @@ Its weights are those that a run starts from: how long an answer or a step takes
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,8 @@ class Arm:
             teacher = self._variables.get("teacher")
             fingerprint = checkpoint.fingerprint(teacher) if teacher is not None else None
             inputs = Inputs(self._built, self._folder)
+            # An earlier run may have left the teacher's states in the cache: this one is to hear the clips itself.
+            os.environ["AURA_JAX_CACHE"] = str(self._folder)
             start = time.perf_counter()
             self._constants, variables = prepare(
                 self._built, inputs, self._variables, fingerprint, self._folder, mesh, lambda line: None
