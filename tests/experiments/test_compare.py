@@ -302,6 +302,16 @@ def test_a_table_shows_what_its_sets_are_scored_by_and_intervals_are_those_that_
     assert "questions.mean" in html and "questions.low" not in html  # nothing was measured that says how sure it is
 
 
+def test_what_does_not_transcribe_leaves_the_others_room():
+    timed = {**TIMING, "systems": {name: times(0.03, 600, "none") for name in ("aura", "diva")}}
+    found = summary.summarise([result("aura", 0, 0.02), result("diva", 0, 5.0)], timed)
+    found["systems"]["diva"]["sets"]["new"]["wer"]["high"] = 6.0
+    (panel,) = (ax for ax in figures.quality_over_first_token(found).axes if ax.get_label() == "new")
+    good, bad = panel.lines
+    assert (good.get_marker(), bad.get_marker()) == ("o", "^") and good.get_ydata()[0] == pytest.approx(2)
+    assert bad.get_ydata()[0] < panel.get_ylim()[1] < 200
+
+
 @pytest.mark.parametrize(("backend", "most"), [("cpu", 3), ("gpu", 3), ("tpu", 1)])
 def test_where_a_device_belongs_to_one_process_each_system_is_timed_alone(planned, monkeypatch, backend, most):
     alive, counts = [], []

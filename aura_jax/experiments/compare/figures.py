@@ -20,6 +20,7 @@ _Panels = tuple[Figure, list[Axes]]
 
 _LEFT, _RIGHT, _TOP, _PITCH, _HEIGHT, _LINE = 50, 24, 40, 290, 200, 22
 _RATES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 400)
+_WORST = 150  # %: what has a higher error rate is a triangle there
 _MILLISECONDS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
@@ -135,10 +136,14 @@ def quality_over_first_token(summary: Summary, seconds: str = "2", width: float 
             continue
         times = [x for x, _ in points.values()]
         _logarithmic(ax.xaxis, min(times) / 1.4, max(times) * 1.4, _MILLISECONDS, _PLAIN)
-        _scores(ax, metric, scale * max(score["high"] for _, score in points.values()))
+        # A system that does not transcribe at all would leave the others no room.
+        worst = _WORST if metric in ERRORS else math.inf
+        _scores(ax, metric, min(scale * max(score["high"] for _, score in points.values()), worst))
         for system, (x, score) in points.items():
-            ax.vlines(x, scale * score["low"], scale * score["high"], color=colours[system], lw=2, alpha=0.5, zorder=2)
-            ax.plot([x], [scale * score["mean"]], "o", ms=9, color=colours[system], mec=PAGE, mew=1.5, zorder=3)
+            low, mean, high = (min(scale * score[key], worst) for key in ("low", "mean", "high"))
+            marker = "^" if scale * score["mean"] > worst else "o"
+            ax.vlines(x, low, high, color=colours[system], lw=2, alpha=0.5, zorder=2)
+            ax.plot([x], [mean], marker, ms=9, color=colours[system], mec=PAGE, mew=1.5, zorder=3)
         ax.set_xlabel(f"first token of a clip of {seconds} s, ms", labelpad=2)
     return out
 
