@@ -288,7 +288,7 @@ def _fits(of: dict[str, Any]) -> tuple[str, str]:
     return "yes", f"{memory['total'] / gib:.1f} of {memory['hbm'] / gib:.0f}"
 
 
-_WIDE = ("steps", "trained, M", "peak training, GiB", "peak answering, GiB")  # more than the README has room for
+_WIDE = ("steps", "trained, M", "peak memory, GiB")  # more than the README has room for
 
 
 def compare(summary: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ def measure(
       {"command", "machine", "in_turns": whether they took turns, "systems": {name: {"config", "first_token": {adapters:
       {length: {"median", "low", "high", and "times": of the same round of the first system with its first adapters}}},
       "steps": {stage: {"seconds": of one, "n": in the schedule}}, "preparation_seconds", "schedule_seconds",
-      "peak_memory_gib": of its steps}}}.
+      "peak_memory_gib"}}}.
       Seconds of a schedule are those of its steps, those of preparation are of what a run computes before them; a
       system that learns nothing has neither.
     """
@@ -142,7 +142,7 @@ def _turned(arms: Sequence[_Arm], turn: int) -> Sequence[_Arm]:
 
 
 def _gib(worker: Worker) -> float | None:
-    """Returns the most memory that steps took: of the device, or, on a CPU, of the process."""
+    """Returns the most memory that was in use: on a CPU of the process in its steps, else of the device in its life."""
     of_device = worker.ask("device_peak")["gib"]
     if of_device is not None:
         return of_device
