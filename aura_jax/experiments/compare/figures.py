@@ -20,7 +20,7 @@ _Panels = tuple[Figure, list[Axes]]
 
 _LEFT, _RIGHT, _TOP, _PITCH, _HEIGHT, _LINE = 50, 24, 40, 290, 200, 22
 _RATES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 400)
-_WORST = 150  # %: what has a higher error rate is a triangle there
+_WORST = 150  # %: a higher error rate is drawn there
 _MILLISECONDS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
@@ -228,7 +228,7 @@ def noise(summary: Summary, width: float = WIDE) -> Figure:
                 continue
             heard = [of["sets"][name][metric], *(level[metric] for level in levels.values())]
             ticks = ["clean", *levels]
-            y = [min(COLUMNS[metric][1] * score["mean"], _RATES[-1]) for score in heard]
+            y = [min(COLUMNS[metric][1] * score["mean"], _WORST) for score in heard]
             ax.plot(range(len(y)), y, color=colours[system], lw=1.6, marker="o", ms=4, zorder=3)
             ax.set_xticks(range(len(ticks)), ticks)
             highest = max(highest, *y)
